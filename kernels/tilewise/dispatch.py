@@ -48,12 +48,20 @@ class Impl:
             them here, or None. It looks at shapes, dtypes and devices, never at values.
         why_not_auto: the same, for calls that `fn` can run but that `auto` should not give it,
             such as a call in which it would break a contract that the naive function keeps.
+        untraceable: why torch.compile cannot trace `fn` without a graph break, if it cannot.
     """
 
     name: str
     fn: Callable[..., Any]
     why_not: Callable[..., str | None] = never
     why_not_auto: Callable[..., str | None] = never
+    untraceable: str | None = None
+
+    def refuses(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Why `fn` cannot run this call here and now; None where it can."""
+        if self.untraceable and torch.compiler.is_compiling():
+            return f"torch.compile cannot trace it: {self.untraceable}"
+        return self.why_not(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -125,12 +133,12 @@ class Op:
         if backend == "auto":
             for impl in self.impls:
                 if (
-                    impl.why_not(*args, **kwargs) is None
+                    impl.refuses(args, kwargs) is None
                     and impl.why_not_auto(*args, **kwargs) is None
                 ):
                     return impl
         for impl in self.impls:
-            if impl.name == backend and impl.why_not(*args, **kwargs) is None:
+            if impl.name == backend and impl.refuses(args, kwargs) is None:
                 return impl
         raise BackendError(self._refusal(backend, args, kwargs))
 
@@ -145,7 +153,7 @@ class Op:
         for name in BACKENDS:
             reasons[name] = f"{self.name} has no {name} implementation"
         for impl in self.impls:
-            reason = impl.why_not(*args, **kwargs)
+            reason = impl.refuses(args, kwargs)
             if reason is None and auto:
                 reason = impl.why_not_auto(*args, **kwargs)
             reasons[impl.name] = reason

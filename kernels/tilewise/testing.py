@@ -299,6 +299,14 @@ def all_cases() -> list[Case]:
     return cases
 
 
+def all_operator_calls() -> list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]]:
+    """(registered operator, maker of its arguments without the backend), for `opcheck`."""
+    calls = []
+    for name in _CASE_MODULES:
+        calls += importlib.import_module(f"tilewise.{name}.cases").OPERATOR_CALLS
+    return calls
+
+
 def run_case(
     case: Case, arguments: dict[str, Any], backend: str, *, grad: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -364,13 +372,14 @@ def check_case(
     truth = run_case(case, to_float64(arguments), "naive", grad=grad)
     return {
         name: assert_agrees(
-            actual[name], naive[name], truth[name], name=name, floor=_floor(case, name, truth[name])
+            actual[name], naive[name], truth[name], name=name, floor=floor_of(case, name, truth[name])
         )
         for name in truth
     }
 
 
-def _floor(case: Case, name: str, truth: torch.Tensor) -> float:
+def floor_of(case: Case, name: str, truth: torch.Tensor) -> float:
+    """The `floor` of `assert_agrees` for one result of a case."""
     if case.floors and name in case.floors:
         return case.floors[name]
     if name.startswith("grad "):

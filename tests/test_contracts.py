@@ -1,0 +1,229 @@
+"""The contracts that every operation keeps on every backend that can run here.
+
+Nothing in this file names an operation: the cases beside each operation and the backends that it
+registers decide what is tested, so a backend added later is tested without a new line of test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from tilewise import dispatch, library, testing
+from tilewise.testing import Case, Inputs, all_cases, check_case, run_case
+
+CASES = all_cases()
+POISONED = [case for case in CASES if case.poison]
+DIFFERENTIABLE = [case for case in CASES if case.grad]
+
+
+def _ids(case: Case) -> str:
+    return f"{case.op}-{case.id}"
+
+
+def _on_every_backend(cases: list[Case], *, dtypes: bool) -> pytest.MarkDecorator:
+    """Parametrise (case, backend, dtype); one dtype is enough where rounding does not matter."""
+    params = []
+    for case in cases:
+        for backend in dispatch.OPS[case.op].backends:
+            for dtype in case.dtypes if dtypes else case.dtypes[:1]:
+                name = f"{_ids(case)}-{backend}-{str(dtype).removeprefix('torch.')}"
+                params.append(pytest.param(case, backend, dtype, id=name))
+    return pytest.mark.parametrize(("case", "backend", "dtype"), params)
+
+
+@dataclass
+class Call:
+    """A case with its arguments, ready to run on one backend."""
+
+    case: Case
+    backend: str
+    arguments: dict[str, Any]
+
+    def run(self, arguments: dict[str, Any] | None = None, *, grad: bool = False) -> dict[str, Any]:
+        chosen = self.arguments if arguments is None else arguments
+        return run_case(self.case, chosen, self.backend, grad=grad)
+
+
+def _call(case: Case, backend: str, dtype: torch.dtype, device: str) -> Call:
+    """The call, or a skip with the backend's own reason."""
+    arguments = case.make(Inputs(dtype, device))
+    reason = dispatch.OPS[case.op].reasons((), arguments)[backend]
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    return Call(case, backend, arguments)
+
+
+def _assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        same = torch.equal(actual[name].nan_to_num(nan=12345.0), value.nan_to_num(nan=12345.0))
+        assert same, f"{name}: the bits differ"
+
+
+@_on_every_backend(CASES, dtypes=True)
+def test_agrees_with_naive(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    _call(case, backend, dtype, device)
+    check_case(case, backend, dtype, device=device)
+
+
+@_on_every_backend(DIFFERENTIABLE, dtypes=True)
+def test_gradients_agree_with_naive(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    _call(case, backend, dtype, device)
+    check_case(case, backend, dtype, device=device, grad=True)
+
+
+@_on_every_backend(POISONED, dtypes=False)
+def test_what_must_not_matter_may_be_nan(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    call = _call(case, backend, dtype, device)
+    reason = dispatch.OPS[case.op].reasons((), call.arguments, auto=True)[backend]
+    if reason:
+        pytest.skip(f"{backend} is never chosen by auto here: {reason}")
+    poisoned = case.poison(testing.map_tensors(call.arguments, torch.clone))
+    assert any(
+        not torch.equal(call.arguments[name], value)
+        for name, value in poisoned.items()
+        if isinstance(value, torch.Tensor)
+    ), "the poison changes nothing"
+    clean = call.run(grad=bool(case.grad))
+    _assert_same_bits(call.run(poisoned, grad=bool(case.grad)), clean)
+    for name, value in clean.items():
+        assert not value.isnan().any(), name
+
+
+@_on_every_backend(CASES, dtypes=False)
+def test_any_strides(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    call = _call(case, backend, dtype, device)
+    cut = testing.strided(call.arguments)
+    actual, expected = call.run(cut), call.run()
+    truth = run_case(case, testing.to_float64(call.arguments), "naive")
+    for name, value in expected.items():
+        testing.assert_agrees(
+            actual[name], value, truth[name], name=name, floor=testing.floor_of(case, name, value)
+        )
+
+
+@_on_every_backend(CASES, dtypes=False)
+def test_same_call_same_bits(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    call = _call(case, backend, dtype, device)
+    grad = bool(case.grad)
+    _assert_same_bits(call.run(grad=grad), call.run(grad=grad))
+
+
+@_on_every_backend(CASES, dtypes=False)
+def test_arguments_are_left_alone(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    """Only arguments that are results too (written in place) may change."""
+    call = _call(case, backend, dtype, device)
+    before = testing.map_tensors(call.arguments, torch.clone)
+    returned = testing.public_function(case.op)(**call.arguments, backend=backend)
+    if returned is None:
+        return
+    for name, value in before.items():
+        if isinstance(value, torch.Tensor):
+            _assert_same_bits({name: call.arguments[name]}, {name: value})
+
+
+@_on_every_backend(CASES, dtypes=False)
+def test_validate_accepts_good_values(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    call = _call(case, backend, dtype, device)
+    checked = Call(case, backend, call.arguments | {"validate": True})
+    _assert_same_bits(checked.run(), call.run())
+
+
+def _first_of_each_op(cases: list[Case]) -> list[Case]:
+    return list({case.op: case for case in reversed(cases)}.values())
+
+
+@pytest.mark.parametrize("case", _first_of_each_op(CASES), ids=_ids)
+def test_explains_itself(case: Case, device: str) -> None:
+    arguments = case.make(Inputs(torch.float32, device))
+    said = dispatch.explain(case.op, **arguments)
+    assert said.chosen in dispatch.OPS[case.op].backends
+    assert said.reasons[said.chosen] is None
+    assert set(said.reasons) == set(dispatch.BACKENDS)
+    assert said.roofline_seconds > 0
+    assert case.op in str(said)
+    assert said.chosen in str(said)
+
+
+@pytest.mark.parametrize("case", _first_of_each_op(CASES), ids=_ids)
+def test_a_missing_backend_is_refused_with_every_reason(case: Case, device: str) -> None:
+    op = dispatch.OPS[case.op]
+    arguments = case.make(Inputs(torch.float32, device))
+    reasons = op.reasons((), arguments)
+    refused = next((name for name, reason in reasons.items() if reason), None)
+    if refused is None:
+        pytest.skip("every backend can run this case here")
+    with pytest.raises(dispatch.BackendError) as caught:
+        testing.public_function(op)(**arguments, backend=refused)
+    for name, reason in reasons.items():
+        assert f"{name}: {reason or 'can run it'}" in str(caught.value)
+
+
+# --- PyTorch's machinery --------------------------------------------------------------------------
+
+
+def _compiled_cases() -> list[Case]:
+    """The first two cases of each operation: compiling takes seconds."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for case in CASES:
+        taken[case.op] = taken.get(case.op, 0) + 1
+        if taken[case.op] <= 2:
+            chosen.append(case)
+    return chosen
+
+
+@_on_every_backend(_compiled_cases(), dtypes=False)
+def test_compiles_without_a_break(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    call = _call(case, backend, dtype, device)
+    impl = next(impl for impl in dispatch.OPS[case.op].impls if impl.name == backend)
+    if impl.untraceable:
+        pytest.skip(f"{backend}: {impl.untraceable}")
+    torch.compiler.reset()
+    function = torch.compile(
+        testing.public_function(case.op), fullgraph=True, dynamic=False, backend="aot_eager"
+    )
+    arguments = testing.map_tensors(call.arguments, torch.clone)
+    compiled = case.results(arguments, function(**arguments, backend=backend))
+    truth = run_case(case, testing.to_float64(call.arguments), "naive")
+    for name, value in call.run().items():
+        testing.assert_agrees(
+            compiled[name], value, truth[name], name=name, floor=testing.floor_of(case, name, value)
+        )
+
+
+OPERATOR_CALLS = testing.all_operator_calls()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [pytest.param(*call, id=f"{call[0]}-{i}") for i, call in enumerate(OPERATOR_CALLS)],
+)
+def test_opcheck(name: str, make: Any, device: str) -> None:
+    contract = library.CONTRACTS[name]
+    for backend in contract.kernels:
+        arguments = make(Inputs(torch.float32, device))
+        torch.library.opcheck(contract.op, (*arguments, backend))
+
+
+def test_every_operator_is_checked() -> None:
+    assert {name for name, _ in OPERATOR_CALLS} == set(library.CONTRACTS)
+
+
+def test_every_operation_has_cases() -> None:
+    assert {case.op for case in CASES} == set(dispatch.OPS)
