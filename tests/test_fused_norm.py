@@ -4,19 +4,83 @@ import pytest
 import torch
 
 import tilewise
+from tilewise import dispatch
+
+NORMS = (tilewise.rms_norm, tilewise.layer_norm)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"x": [1.0]}, "x: must be a torch.Tensor, got list"),
-        ({"x": torch.ones(2, 8, dtype=torch.int32)}, "x: dtype must be float32 or float16 or"),
-        ({"weight": torch.ones(7)}, r"weight: shape must be \(8,\)"),
-        ({"weight": torch.ones(8, dtype=torch.float16)}, "weight: dtype must be x's, float32"),
-        ({"residual": torch.ones(3, 8)}, r"residual: shape must be \(2, 8\)"),
+        (
+            {"x": torch.ones(2, 8, dtype=torch.int32)},
+            "x: dtype must be float32 or float16 or bfloat16 or float64, got int32",
+        ),
+        ({"x": torch.tensor(1.0)}, "x: shape must be (..., dim), got ()"),
+        (
+            {"weight": torch.ones(7)},
+            "weight: shape must be (8,) (x's last dimension), got (7,)",
+        ),
+        (
+            {"weight": torch.ones(8, dtype=torch.float16)},
+            "weight: dtype must be x's, float32, got float16",
+        ),
+        (
+            {"weight": torch.ones(8, device="meta")},
+            "weight: must be on the device of x (cpu), got meta",
+        ),
+        (
+            {"residual": torch.ones(3, 8)},
+            "residual: shape must be (2, 8) (x's shape), got (3, 8)",
+        ),
+        (
+            {"residual": torch.ones(2, 8, dtype=torch.float64)},
+            "residual: dtype must be x's, float32, got float64",
+        ),
     ],
 )
-def test_rms_norm_names_the_bad_argument(change, message):
+def test_a_norm_names_the_bad_argument(norm, change, message):
     arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8)} | change
-    with pytest.raises((TypeError, ValueError), match=message):
-        tilewise.rms_norm(**arguments)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        norm(**arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.ones(7), "bias: shape must be (8,) (x's last dimension), got (7,)"),
+        (torch.ones(8).half(), "bias: dtype must be x's, float32, got float16"),
+    ],
+)
+def test_layer_norm_names_a_bad_bias(bias, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        tilewise.layer_norm(torch.ones(2, 8), torch.ones(8), bias)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_the_norm_is_of_the_rounded_sum(norm, backend):
+    # 256 + 1 rounds back to 256 in bfloat16, so the first row is constant.
+    x = torch.tensor([[1.0, 0.0], [3.0, 5.0]], dtype=torch.bfloat16)
+    residual = torch.tensor([[256.0, 256.0], [0.5, 0.25]], dtype=torch.bfloat16)
+    weight = torch.ones(2, dtype=torch.bfloat16)
+    normed, total = norm(x, weight, eps=1e-5, residual=residual, backend=backend)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, norm(total, weight, eps=1e-5, backend=backend))
+    assert normed[0, 0] == normed[0, 1]
+
+
+def test_auto_trains_layer_norm_with_bits_that_do_not_depend_on_threads():
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    assert dispatch.explain(tilewise.layer_norm, x, weight).chosen == "torch"
+    said = dispatch.explain(tilewise.layer_norm, x, weight.requires_grad_())
+    assert said.chosen == "naive"
+    assert said.reasons["torch"] == (
+        "the bits of its weight gradient depend on the number of threads"
+    )
+    with torch.no_grad():
+        assert dispatch.explain(tilewise.layer_norm, x, weight).chosen == "torch"

@@ -4,6 +4,7 @@ The public names are here; `tilewise.model` (the reference GPT), `tilewise.testi
 rule) and `tilewise.integrations` are imported by name.
 """
 
+from tilewise.attention import flash_attention, flash_attention_varlen, merge_states
 from tilewise.dispatch import (
     BACKENDS,
     BackendError,
@@ -11,7 +12,21 @@ from tilewise.dispatch import (
     explain,
     use_backend,
 )
-from tilewise.fused import rms_norm
+from tilewise.fused import (
+    LinearScaling,
+    Llama3Scaling,
+    RotaryTables,
+    geglu,
+    layer_norm,
+    rms_norm,
+    rotary_embedding,
+    rotary_tables,
+    sample,
+    swiglu,
+)
+from tilewise.moe import moe
+from tilewise.paged import OutOfPages, PagedKVCache, append_kv, paged_attention
+from tilewise.quant import QuantizedTensor, QuantLinear, quantize, quantize_, quantized_matmul
 
 __version__ = "0.1.0"
 
@@ -19,7 +34,29 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "Explanation",
+    "LinearScaling",
+    "Llama3Scaling",
+    "OutOfPages",
+    "PagedKVCache",
+    "QuantLinear",
+    "QuantizedTensor",
+    "RotaryTables",
+    "append_kv",
     "explain",
+    "flash_attention",
+    "flash_attention_varlen",
+    "geglu",
+    "layer_norm",
+    "merge_states",
+    "moe",
+    "paged_attention",
+    "quantize",
+    "quantize_",
+    "quantized_matmul",
     "rms_norm",
+    "rotary_embedding",
+    "rotary_tables",
+    "sample",
+    "swiglu",
     "use_backend",
 ]

@@ -2,30 +2,198 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from tilewise.fused.tables import Llama3Scaling, rotary_tables
 from tilewise.testing import Case, Inputs, Make
 
 
-def _rms_norm(*shape: int, residual: bool = False) -> Make:
+def _norm(*shape: int, bias: bool = False, residual: bool = False, offset: float = 0) -> Make:
     def make(inputs: Inputs) -> dict[str, Any]:
-        arguments = {"x": inputs.randn(*shape), "weight": inputs.randn(shape[-1]), "eps": 1e-5}
+        arguments = {"x": inputs.randn(*shape) + offset, "weight": inputs.randn(shape[-1])}
+        if bias:
+            arguments["bias"] = inputs.randn(shape[-1])
         if residual:
             arguments["residual"] = inputs.randn(*shape)
-        return arguments
+        return arguments | {"eps": 1e-5}
 
     return make
 
 
+def _rotary(*shape: int, rotary_dim: int, interleaved: bool = False) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        return {
+            "x": inputs.randn(*shape),
+            "tables": rotary_tables(
+                rotary_dim,
+                200,
+                scaling=Llama3Scaling(original_max_positions=64),
+                interleaved=interleaved,
+                device=inputs.device,
+            ),
+            "positions": inputs.randint(0, 200, *shape[:-2]),
+        }
+
+    return make
+
+
+def _gated(*shape: int, scale: float = 1.0, **options: str) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        gate, up = inputs.randn(*shape, scale=scale), inputs.randn(*shape)
+        return {"gate": gate, "up": up, **options}
+
+    return make
+
+
+def _halves(*shape: int, **options: str) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        gate, up = inputs.randn(*shape).chunk(2, dim=-1)
+        return {"gate": gate, "up": up, **options}
+
+    return make
+
+
+def _sample(batch: int, vocabulary: int, **options: float) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        return {"logits": inputs.randn(batch, vocabulary, scale=3), "seed": 5, **options}
+
+    return make
+
+
+def _sample_everything(inputs: Inputs) -> dict[str, Any]:
+    previous = inputs.randint(-1, 63, 3, 9)
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02}
+    return (
+        _sample(3, 63)(inputs)
+        | options
+        | {
+            "repetition_penalty": 1.3,
+            "previous_tokens": previous,
+        }
+    )
+
+
+def _sample_per_row(inputs: Inputs) -> dict[str, Any]:
+    def row_values(*values: float) -> torch.Tensor:
+        return inputs.tensor(values, torch.float32)
+
+    return _sample(4, 127)(inputs) | {
+        "temperature": row_values(0, 0.5, 1, 2),
+        "top_k": inputs.tensor([0, 1, 40, 500], torch.int64),
+        "top_p": row_values(0.3, 1, 0.9, 1),
+        "min_p": row_values(0, 0.1, 0, 1),
+        "repetition_penalty": row_values(1, 1.5, 0.8, 1),
+        "previous_tokens": inputs.randint(-1, 127, 4, 5),
+        "sample_ids": inputs.tensor([7, 7, 2**40, 0], torch.int64),
+        "positions": inputs.tensor([0, 1, 2, 10**6], torch.int64),
+    }
+
+
+def _sample_hidden(inputs: Inputs) -> dict[str, Any]:
+    """Every third token is forbidden."""
+    arguments = _sample(3, 64, top_p=0.95)(inputs)
+    arguments["logits"][:, ::3] = -math.inf
+    return arguments
+
+
+def _nan_for_hidden(arguments: dict[str, Any]) -> dict[str, Any]:
+    logits = arguments["logits"]
+    return arguments | {"logits": logits.masked_fill(logits == -math.inf, math.nan)}
+
+
+def _sample_ties(inputs: Inputs) -> dict[str, Any]:
+    logits = inputs.randint(0, 3, 5, 40).to(inputs.dtype)
+    return {"logits": logits, "top_k": 7, "top_p": 0.8, "seed": 11}
+
+
 CASES = [
-    Case("rms_norm", "rows", _rms_norm(7, 576), grad=("x", "weight")),
-    Case("rms_norm", "batch", _rms_norm(2, 3, 127), grad=("x", "weight")),
-    Case("rms_norm", "one", _rms_norm(1, 1), grad=("x", "weight")),
-    Case("rms_norm", "empty", _rms_norm(0, 64)),
+    Case("rms_norm", "rows", _norm(7, 576), grad=("x", "weight")),
+    Case("rms_norm", "residual", _norm(5, 63, residual=True), grad=("x", "weight", "residual")),
+    Case("rms_norm", "batch", _norm(2, 3, 127), grad=("x", "weight")),
+    Case("rms_norm", "one", _norm(1, 1), grad=("x", "weight")),
+    Case("rms_norm", "empty", _norm(0, 64)),
+    Case("layer_norm", "rows", _norm(7, 576, bias=True), grad=("x", "weight", "bias")),
     Case(
-        "rms_norm",
+        "layer_norm",
         "residual",
-        _rms_norm(5, 63, residual=True),
-        grad=("x", "weight", "residual"),
+        _norm(5, 63, bias=True, residual=True),
+        grad=("x", "weight", "bias", "residual"),
     ),
+    Case("layer_norm", "batch", _norm(2, 3, 127), grad=("x", "weight")),
+    # The mean of 30 cancels, and with it that much of the precision.
+    Case("layer_norm", "offset", _norm(4, 128, bias=True, offset=30), floors={"output": 30}),
+    Case("layer_norm", "one", _norm(1, 1, bias=True)),
+    Case("layer_norm", "empty", _norm(0, 64, bias=True)),
+    Case("rotary_embedding", "halves", _rotary(2, 7, 3, 64, rotary_dim=64), grad=("x",)),
+    Case(
+        "rotary_embedding",
+        "interleaved",
+        _rotary(5, 3, 64, rotary_dim=64, interleaved=True),
+        grad=("x",),
+    ),
+    Case("rotary_embedding", "partial halves", _rotary(5, 2, 20, rotary_dim=6), grad=("x",)),
+    Case(
+        "rotary_embedding",
+        "partial interleaved",
+        _rotary(5, 2, 21, rotary_dim=6, interleaved=True),
+        grad=("x",),
+    ),
+    Case("rotary_embedding", "one token", _rotary(1, 2, rotary_dim=2)),
+    Case("rotary_embedding", "no batch", _rotary(3, 8, rotary_dim=8)),
+    Case("rotary_embedding", "empty", _rotary(0, 3, 8, rotary_dim=8)),
+    Case("swiglu", "rows", _gated(7, 127), grad=("gate", "up")),
+    Case("swiglu", "halves", _halves(3, 5, 126), grad=("gate", "up")),
+    Case("swiglu", "large", _gated(3, 63, scale=100)),
+    Case("swiglu", "empty", _gated(0, 8)),
+    Case("geglu", "tanh", _gated(7, 127, approximate="tanh"), grad=("gate", "up")),
+    Case("geglu", "erf", _gated(7, 127, approximate="none"), grad=("gate", "up")),
+    Case("geglu", "halves", _halves(3, 5, 126, approximate="tanh"), grad=("gate", "up")),
+    Case("geglu", "large", _gated(3, 63, scale=100, approximate="none")),
+    Case("geglu", "empty", _gated(0, 8, approximate="none")),
+    Case("sample", "everything", _sample_everything),
+    Case("sample", "per row", _sample_per_row),
+    Case("sample", "greedy", _sample(5, 1000, temperature=0)),
+    Case("sample", "plain", _sample(5, 1000)),
+    Case("sample", "one token", _sample(2, 1)),
+    Case("sample", "hidden", _sample_hidden, poison=_nan_for_hidden),
+    Case("sample", "ties", _sample_ties),
+    Case("sample", "empty", _sample(0, 64, top_k=5)),
+]
+
+
+# --- the registered operators, for opcheck --------------------------------------------------------
+
+
+def _operator_norm(*names: str) -> Callable[[Inputs], tuple[Any, ...]]:
+    def make(inputs: Inputs) -> tuple[Any, ...]:
+        arguments = _norm(3, 17, bias=True, residual=True)(inputs)
+        return tuple(arguments.get(name) for name in names)
+
+    return make
+
+
+def _operator_rotary(inputs: Inputs) -> tuple[Any, ...]:
+    arguments = _rotary(5, 2, 20, rotary_dim=6)(inputs)
+    return (arguments["x"], *arguments["tables"][:2], arguments["positions"], True)
+
+
+def _operator_sample(inputs: Inputs) -> tuple[Any, ...]:
+    a = _sample_per_row(inputs)
+    parameters = (a["temperature"], a["top_k"], a["top_p"], a["min_p"], a["repetition_penalty"])
+    return (a["logits"], *parameters, a["previous_tokens"], 5, a["sample_ids"], a["positions"])
+
+
+OPERATOR_CALLS: list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]] = [
+    ("rms_norm", _operator_norm("x", "weight", "eps", "residual")),
+    ("rms_norm", _operator_norm("x", "weight", "eps", "none")),
+    ("layer_norm", _operator_norm("x", "weight", "bias", "eps", "residual")),
+    ("layer_norm", _operator_norm("x", "weight", "none", "eps", "none")),
+    ("rotary_embedding", _operator_rotary),
+    ("swiglu", lambda inputs: tuple(_halves(3, 14)(inputs).values())),
+    ("geglu", lambda inputs: (*_halves(3, 14)(inputs).values(), "none")),
+    ("sample", _operator_sample),
 ]

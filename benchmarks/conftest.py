@@ -1,0 +1,137 @@
+"""pytest-benchmark, bent to compare rivals: `pytest benchmarks`.
+
+A benchmark is a workload and a backend; a group is a workload. Nothing is timed before it has been
+checked, and naive and torch run once between any two rounds of what is timed, so that ratios come
+from one run. `--benchmark-disable` checks and runs every benchmark once without timing it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from tilewise.benchmarks.host import host, versions
+from tilewise.benchmarks.measure import MAX_ROUNDS, Bench, Row, clock
+from tilewise.benchmarks.report import Report, print_report
+from tilewise.benchmarks.tokens import TokenRate
+from tilewise.benchmarks.workloads import Workload, all_workloads
+from tilewise.dispatch import OPS
+
+_NOT_RUN = pytest.StashKey[list[Row]]()
+_DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_NOT_RUN] = []
+    # The plugin's own table has neither rates nor ceilings nor errors; ours replaces it unless
+    # the user asks for something that only that one shows.
+    if not (config.option.benchmark_compare or config.option.benchmark_columns):
+        config.option.benchmark_quiet = True
+
+
+# --- what there is to run -------------------------------------------------------------------------
+
+
+@functools.cache
+def _workloads() -> dict[str, Workload]:
+    return {workload.id: workload for device in _DEVICES for workload in all_workloads(device)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every `bench_*` the workloads of its module's `OPERATIONS`, each on every backend."""
+    if "workload" not in metafunc.fixturenames:
+        return
+    params = []
+    for id, workload in _workloads().items():
+        if workload.op not in metafunc.module.OPERATIONS:
+            continue
+        marks = [pytest.mark.benchmark(group=id, timer=clock)]
+        if workload.device != "cpu":
+            marks.append(pytest.mark.gpu)
+        for backend in reversed(OPS[workload.op].backends):
+            params.append(pytest.param(id, backend, marks=marks, id=f"{id}-{backend}"))
+    metafunc.parametrize(("workload", "backend"), params)
+
+
+@functools.lru_cache(maxsize=1)
+def _bench(id: str) -> Bench:
+    """One at a time: the inputs of some workloads are large."""
+    return Bench(_workloads()[id])
+
+
+# --- running it -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(benchmark: BenchmarkFixture, pytestconfig: pytest.Config):
+    """Check a backend on a workload, then time it beside its rivals."""
+
+    def run(workload: str, backend: str) -> None:
+        bench = _bench(workload)
+        reason = bench.why_not(backend)
+        if reason is not None:
+            if benchmark.enabled:
+                pytestconfig.stash[_NOT_RUN].append(bench.row(backend, reason=reason))
+            pytest.skip(reason)
+        bench.check(backend)
+        call = bench.call(backend)
+        if benchmark.disabled:
+            benchmark.pedantic(call)
+            return
+        rivals = {rival: bench.call(rival) for rival in bench.rivals(backend)}
+        times: dict[str, list[float]] = {rival: [] for rival in rivals}
+
+        def run_rivals() -> None:
+            for rival, rival_call in rivals.items():
+                start = clock()
+                rival_call()
+                times[rival].append(clock() - start)
+
+        start = clock()
+        run_rivals()
+        call()
+        round_seconds = clock() - start
+        for rival_times in times.values():
+            rival_times.clear()  # that was the warm-up
+        rounds = _rounds(pytestconfig, round_seconds)
+        benchmark.pedantic(call, setup=run_rivals, rounds=rounds)
+        times[backend] = benchmark.stats.stats.data
+        benchmark.extra_info.update(bench.row(backend, times=times).as_dict())
+        benchmark.extra_info["versions"] = versions()
+
+    return run
+
+
+def _rounds(config: pytest.Config, round_seconds: float) -> int:
+    wanted = int(float(config.option.benchmark_max_time) / round_seconds)
+    return min(max(wanted, config.option.benchmark_min_rounds), MAX_ROUNDS)
+
+
+# --- reporting ------------------------------------------------------------------------------------
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info["tilewise"] = host(_DEVICES[-1])
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list, output_json: dict
+) -> None:
+    output_json["not_run"] = [row.as_dict() for row in config.stash[_NOT_RUN]]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    results = [bench.extra_info for bench in config._benchmarksession.benchmarks]
+    rows = [Row.from_dict(info) for info in results if "op" in info]
+    model = [TokenRate.from_dict(info) for info in results if "test" in info]
+    if rows or model:
+        from tilewise.cli.console import make_console
+
+        terminalreporter.section("benchmarks")
+        rows += config.stash[_NOT_RUN]
+        print_report(Report(host(_DEVICES[-1]), rows, model), make_console())

@@ -1,0 +1,344 @@
+"""From measurements to something to look at: a terminal table, Markdown, a roofline picture.
+
+Reads what `pytest benchmarks --benchmark-json FILE` and `tilewise bench --json FILE` write:
+
+    python benchmarks/report.py FILE [--markdown] [--splice README.md] [--plot PNG]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tilewise.benchmarks.measure import Row
+from tilewise.benchmarks.tokens import TokenRate
+from tilewise.dispatch import BACKENDS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+"""The lines of a document between which `splice` puts the Markdown."""
+
+
+class ReportError(ValueError):
+    """A file is not a report, or has no place for one; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results and the machine that they belong to (`tilewise.benchmarks.host.host`)."""
+
+    host: dict[str, Any]
+    rows: list[Row]
+    model: list[TokenRate]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "host": self.host,
+            "rows": [row.as_dict() for row in self.rows],
+            "model": [rate.as_dict() for rate in self.model],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+
+
+def read(path: str | Path) -> Report:
+    """Read a report in either format.
+
+    Raises:
+        ReportError: if the file is missing or holds something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise ReportError(f"{path}: not a JSON file") from None
+    try:
+        if "benchmarks" in data:
+            data = _from_pytest(data)
+        return Report(
+            host=data["host"],
+            rows=[Row.from_dict(row) for row in data["rows"]],
+            model=[TokenRate.from_dict(rate) for rate in data["model"]],
+        )
+    except (KeyError, TypeError):
+        raise ReportError(f"{path}: not a report of tilewise's benchmarks") from None
+
+
+def _from_pytest(data: dict[str, Any]) -> dict[str, Any]:
+    results = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
+    return {
+        "host": data["machine_info"]["tilewise"],
+        "rows": [info for info in results if "op" in info] + data["not_run"],
+        "model": [info for info in results if "test" in info],
+    }
+
+
+# --- numbers for people ---------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    """Seconds to three digits with a unit."""
+    for limit, unit, scale in ((1e-3, "us", 1e6), (1.0, "ms", 1e3)):
+        if seconds < limit:
+            return f"{_three_digits(seconds * scale)} {unit}"
+    return f"{_three_digits(seconds)} s"
+
+
+def rate(row: Row) -> str:
+    """What the ceiling limits: TFLOP/s (GFLOP/s below one tenth) or GB/s."""
+    if row.tflops is None or row.gbytes_per_second is None:
+        return ""
+    if not row.compute_bound:
+        return f"{_three_digits(row.gbytes_per_second)} GB/s"
+    if row.tflops < 0.1:
+        return f"{_three_digits(row.tflops * 1e3)} GFLOP/s"
+    return f"{_three_digits(row.tflops)} TFLOP/s"
+
+
+def _three_digits(number: float) -> str:
+    if number >= 100:
+        return f"{number:.0f}"
+    return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def percent(row: Row) -> str:
+    """How much of the measured ceiling is reached."""
+    reached = row.percent_of_ceiling
+    if reached is None:
+        return ""
+    return f"{reached:.0f}%" if reached >= 10 else f"{reached:.1f}%"
+
+
+def ratio(times: float | None) -> str:
+    """How many times as fast."""
+    return "" if times is None else f"{_three_digits(times)}x"
+
+
+def error(row: Row) -> str:
+    """The relative error of the worst row."""
+    if row.error is None:
+        return ""
+    return "exact" if row.error == 0 else f"{row.error:.1e}"
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+def by_workload(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
+    """(operation, workload, dtype, its rows with the definition first), in order."""
+
+    def key(row: Row) -> tuple[str, str, str, str]:
+        return row.op, row.workload, row.dtype, row.device
+
+    # Stable, so that workloads stay in the order in which they were measured.
+    first_seen: dict[tuple[str, ...], int] = {}
+    rows = list(rows)
+    for row in rows:
+        first_seen.setdefault((row.op,), len(first_seen))
+        first_seen.setdefault(key(row), len(first_seen))
+    rows.sort(
+        key=lambda row: (
+            first_seen[(row.op,)],
+            first_seen[key(row)],
+            BACKENDS.index(row.backend),
+        )
+    )
+    for (op, workload, dtype, _), group in groupby(rows, key):
+        yield op, workload, dtype, list(group)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the tables of a report, and why what did not run did not."""
+    if report.rows:
+        console.print(operations_table(report.rows, console))
+        for line in refusals(report.rows):
+            console.print(f"[dim]{line}[/]", soft_wrap=True)
+        console.print(f"[dim]{_LEGEND}[/]\n")
+    if report.model:
+        console.print(model_table(report.model, console))
+        console.print()
+
+
+_LEGEND = (
+    "of ceiling: the least time at this machine's measured ceilings over the time taken; "
+    "vs naive, torch: their time over this one, taken in turn in one run; "
+    "error: relative, of the worst row, against float64; float32 unless named otherwise"
+)
+
+
+def operations_table(rows: Iterable[Row], console: Console) -> Table:
+    """A line per operation, one per workload below it, and one per backend below that."""
+    table = make_table(console, "operations")
+    table.add_column("", overflow="fold")
+    for heading in ("time", "rate", "of ceiling", "vs naive", "vs torch", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for op, workloads in groupby(by_workload(rows), lambda group: group[0]):
+        table.add_row(f"[bold]{op}[/]")
+        for _, workload, dtype, results in workloads:
+            table.add_row(f" {title(workload, dtype)}")
+            for row in results:
+                table.add_row(f"  [dim]{row.backend}[/]", *_cells(row))
+        table.add_row()
+    return table
+
+
+def title(workload: str, dtype: str) -> str:
+    """A workload's name, with its dtype where that is not float32."""
+    return workload if dtype == "float32" else f"{workload}, {dtype}"
+
+
+def _cells(row: Row) -> list[str]:
+    if row.seconds is None:
+        return ["[red]wrong[/]" if row.disagrees else "[dim]did not run[/]"]
+    over = (ratio(row.over_naive), ratio(row.over_torch))
+    return [duration(row.seconds), rate(row), percent(row), *over, error(row)]
+
+
+def refusals(rows: Iterable[Row]) -> list[str]:
+    """One line for each different reason why a backend has no time."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.reason is not None:
+            reasons.setdefault((row.op, row.backend, row.reason), []).append(row.workload)
+    return [
+        f"{op}, {backend} has no time for {' and '.join(workloads)}: {reason}"
+        for (op, backend, reason), workloads in reasons.items()
+    ]
+
+
+def model_table(rates: list[TokenRate], console: Console) -> Table:
+    """The model: tokens per second, mean and standard deviation over the repetitions."""
+    table = make_table(console, "model")
+    for heading in ("model", "size", "backend", "device", "threads", "test"):
+        table.add_column(heading)
+    table.add_column("tokens/s", justify="right")
+    for rate in rates:
+        table.add_row(
+            rate.model,
+            f"{rate.weight_bytes / 2**20:.0f} MiB",
+            rate.backend,
+            rate.device,
+            str(rate.threads),
+            rate.test,
+            f"{rate.mean:.2f} ± {rate.std:.2f}",
+        )
+    return table
+
+
+def make_table(console: Console, title: str) -> Table:
+    """An empty table in the house style."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(
+        title=f"[bold]{title}[/]",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        header_style="dim",
+        pad_edge=False,
+    )
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(report: Report) -> str:
+    """One table of the operations, a row per workload, and one of the model."""
+    lines = [_machine(report.host), ""]
+    backends = [name for name in BACKENDS if any(row.backend == name for row in report.rows)]
+    if report.rows:
+        lines += _row("operation", "workload", *backends, "fastest at", "error")
+        lines += _row(*["---"] * 2, *["---:"] * (len(backends) + 2))
+    for op, workload, dtype, rows in by_workload(report.rows):
+        ran = {row.backend: row for row in rows if row.seconds is not None}
+        cells = [duration(ran[name].seconds or 0) if name in ran else "-" for name in backends]
+        fastest = min(ran.values(), key=lambda row: row.seconds or 0, default=None)
+        reached = ("-", "-")
+        if fastest is not None:
+            reached = (f"{rate(fastest)}, {percent(fastest)}", error(fastest))
+        lines += _row(f"`{op}`", title(workload, dtype), *cells, *reached)
+    if reasons := refusals(report.rows):
+        lines += ["", *(f"- {reason}" for reason in reasons)]
+    if report.model:
+        lines += ["", *_row("model", "backend", "test", "tokens/s"), *_row(*["---"] * 3, "---:")]
+        for result in report.model:
+            speed = f"{result.mean:.2f} ± {result.std:.2f}"
+            lines += _row(result.model, result.backend, result.test, speed)
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cells)} |"]
+
+
+def _machine(host: dict[str, Any]) -> str:
+    ceilings = host["ceilings"]
+    bandwidth = max(ceilings["read_bandwidth"].items(), key=lambda item: int(item[0]))[1]
+    flops = ceilings["flops"]["float32"]
+    where = host["gpu"] if ceilings["device"] != "cpu" else host["processor"]
+    return (
+        f"{where}, {host['threads']} CPU threads, torch {host['versions']['torch']}; measured "
+        f"ceilings: {bandwidth / 1e9:.1f} GB/s from memory, {flops / 1e9:.0f} GFLOP/s in float32."
+    )
+
+
+def splice(text: str, table: str) -> str:
+    """`text` with `table` between its marker lines.
+
+    Raises:
+        ReportError: if the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ReportError(f"no line {BEGIN!r} with a line {END!r} after it")
+    return f"{before}{BEGIN}\n{table}{END}{after}"
+
+
+# --- the script -----------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python benchmarks/report.py`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="report.py", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="JSON of `pytest benchmarks` or of `tilewise bench`")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    parser.add_argument("--splice", metavar="FILE", help="put the Markdown into this document")
+    parser.add_argument("--plot", metavar="PNG", help="draw the roofline")
+    options = parser.parse_args(argv)
+    try:
+        report = read(options.file)
+        if options.splice:
+            document = Path(options.splice)
+            document.write_text(splice(document.read_text(), markdown(report)))
+        if options.plot:
+            from tilewise.benchmarks import roofline
+
+            roofline.plot(report, options.plot)
+    except (ReportError, OSError) as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    if options.markdown:
+        print(markdown(report), end="")
+    elif not (options.splice or options.plot):
+        from tilewise.cli.console import make_console
+
+        print_report(report, make_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Attention kernels with PyTorch's autograd around them: what a compiled backend plugs in.
+
+`Impl("triton", partial(flash_attention, "triton"), ...)` is a backend of `flash_attention` as soon
+as the forward operator, and for training the backward one, has a kernel of that name.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tilewise.attention import operators
+
+
+def flash_attention(
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The naive function of this name, by the kernels of `backend`."""
+    options = (causal, _scale(q, scale), *window, softcap, batch_invariant)
+    out, lse = _attention(q, k, v, sinks, bias, alibi_slopes, (), options, backend)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_varlen(
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The naive function of this name, by the kernels of `backend`."""
+    ragged = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (causal, _scale(q, scale), *window, softcap, batch_invariant)
+    out, lse = _attention(q, k, v, sinks, bias, alibi_slopes, ragged, options, backend)
+    return (out, lse) if return_lse else out
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    ragged: tuple[Any, ...],
+    options: tuple[Any, ...],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse, through the autograd function only where a gradient is needed: it costs 4 us."""
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, sinks, bias)
+    ):
+        return _Attention.apply(q, k, v, sinks, bias, alibi_slopes, options, backend, *ragged)
+    return _forward(q, k, v, sinks, bias, alibi_slopes, ragged, options, backend)
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    ragged: tuple[Any, ...],
+    options: tuple[Any, ...],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    contract = operators.FLASH_ATTENTION_VARLEN if ragged else operators.FLASH_ATTENTION
+    return contract.op(q, k, v, *ragged, alibi_slopes, sinks, bias, *options, backend)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None,
+        options: tuple[Any, ...],
+        backend: str,
+        *ragged: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _forward(q, k, v, sinks, bias, alibi_slopes, ragged, options, backend)
+        cu_seqlens, ctx.max_seqlens = ragged[:2], ragged[2:]
+        ctx.save_for_backward(q, k, v, sinks, bias, alibi_slopes, out, lse, *cu_seqlens)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        q, k, v, sinks, bias, alibi_slopes, out, lse, *cu_seqlens = ctx.saved_tensors
+        contract = (
+            operators.FLASH_ATTENTION_VARLEN_BACKWARD
+            if cu_seqlens
+            else operators.FLASH_ATTENTION_BACKWARD
+        )
+        needs_grad_bias = ctx.needs_input_grad[4]
+        grad_q, grad_k, grad_v, grad_sinks, grad_bias = contract.op(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse,
+            out,
+            lse,
+            q,
+            k,
+            v,
+            *cu_seqlens,
+            *ctx.max_seqlens,
+            alibi_slopes,
+            sinks,
+            bias,
+            *ctx.options,
+            needs_grad_bias,
+            ctx.backend,
+        )
+        return (
+            grad_q,
+            grad_k,
+            grad_v,
+            grad_sinks if ctx.needs_input_grad[3] else None,
+            grad_bias if needs_grad_bias else None,
+            *[None] * (len(ctx.needs_input_grad) - 5),
+        )

@@ -1,0 +1,107 @@
+"""`tilewise bench`: time the operations against their rivals, and a model in tokens/s."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tilewise.cli.console import (
+    Commands,
+    UserError,
+    add_backend,
+    add_device,
+    count,
+    device_of,
+    load_model,
+    make_console,
+    progress,
+    refusals,
+    write_file,
+)
+from tilewise.dispatch import OPS
+
+if TYPE_CHECKING:
+    from tilewise.benchmarks.measure import Row
+    from tilewise.benchmarks.tokens import TokenRate
+
+
+def add(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    text = (
+        "time every operation on every backend, each checked first, and a model's tokens per "
+        "second; --op alone leaves the model out, --model alone the operations"
+    )
+    parser = commands.add_parser(
+        "bench", parents=[common], help="time operations and a model", description=text
+    )
+    parser.allow_abbrev = False
+    parser.add_argument("--op", choices=tuple(OPS), metavar="OP", help="time this operation")
+    add_backend(parser, None, "only this backend (the model: default auto)")
+    add_device(parser)
+    parser.add_argument("-m", "--model", metavar="X", help="smollm2 (default), or a path")
+    parser.add_argument("-p", "--prompt", type=count, default=512, metavar="N", help="pp tokens")
+    parser.add_argument("-n", "--generate", type=count, default=128, metavar="N", help="tg tokens")
+    parser.add_argument("-r", "--repetitions", type=count, default=5, metavar="N", help="of each")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, metavar="S", help="to time each workload (default 1)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", metavar="PNG", help="draw the roofline of the operations")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and report; 1 if a backend does not agree, since it then has no time."""
+    from tilewise.benchmarks.host import host
+    from tilewise.benchmarks.report import Report, print_report
+
+    if options.repetitions < 1:
+        raise UserError("--repetitions: must be at least 1")
+    device = device_of(options)
+    everything = options.op is None and options.model is None
+    rows = _operations(options, device) if everything or options.op else []
+    model = _model(options, device) if everything or options.model else []
+    report = Report(host(device), rows, model)
+    print_report(report, make_console())
+    if options.json:
+        write_file(options.json, report.save)
+    if options.plot:
+        from tilewise.benchmarks import roofline
+
+        write_file(options.plot, lambda path: roofline.plot(report, path))
+    return 1 if any(row.disagrees for row in rows) else 0
+
+
+def _operations(options: argparse.Namespace, device: str) -> list[Row]:
+    from tilewise.benchmarks.measure import compare
+    from tilewise.benchmarks.workloads import all_workloads
+
+    workloads = [w for w in all_workloads(device) if options.op in (None, w.op)]
+    backends = None if options.backend is None else [options.backend]
+    rows = []
+    with progress("", len(workloads), quiet=options.quiet) as advance:
+        for workload in workloads:
+            advance(f"{workload.op}: {workload.name}", steps=0)
+            rows += compare(workload, backends, seconds=options.seconds)
+            advance()
+    return rows
+
+
+def _model(options: argparse.Namespace, device: str) -> list[TokenRate]:
+    from tilewise.benchmarks.tokens import measure_tokens
+
+    counts = {"pp": options.prompt, "tg": options.generate}
+    tests = [f"{kind}{tokens}" for kind, tokens in counts.items() if tokens]
+    name = options.model or "smollm2"
+    model = load_model(name, device=device)
+    runs = len(tests) * (options.repetitions + 1)
+    with refusals(), progress(name, runs, quiet=options.quiet) as advance:
+        return list(
+            measure_tokens(
+                model,
+                tests,
+                backend=options.backend or "auto",
+                repetitions=options.repetitions,
+                done=advance,
+            )
+        )

@@ -1,0 +1,126 @@
+"""`tilewise generate` and `tilewise chat`: text from a model, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from tilewise.cli.console import (
+    Commands,
+    UserError,
+    add_backend,
+    add_device,
+    count,
+    device_of,
+    load_model,
+    one_line,
+    refusals,
+)
+from tilewise.dispatch import use_backend
+
+if TYPE_CHECKING:
+    from tilewise.model import Generation, LanguageModel
+
+
+def add(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Declare both commands."""
+    text = "continue or answer a prompt"
+    generate = commands.add_parser("generate", parents=[common], help=text, description=text)
+    generate.add_argument("prompt", nargs="?", help="text; without it, standard input is read")
+    generate.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without the chat template"
+    )
+    generate.set_defaults(run=run_generate)
+    text = "talk to a model; an empty line or Ctrl-D ends it"
+    chat = commands.add_parser("chat", parents=[common], help=text, description=text)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    chat.set_defaults(run=run_chat)
+    for parser in (generate, chat):
+        parser.allow_abbrev = False
+        parser.add_argument("-m", "--model", default="smollm2", metavar="X", help="or a path")
+        parser.add_argument(
+            "-n", "--tokens", type=count, default=256, metavar="N", help="at most (default 256)"
+        )
+        parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0")
+        parser.add_argument("--top-k", type=count, default=0, metavar="N")
+        parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+        parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
+        parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+        parser.add_argument("--seed", type=count, default=0, metavar="N")
+        add_backend(parser, "auto", "for every operation")
+        add_device(parser)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """Answer one prompt; the text goes to stdout, its speed to stderr."""
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    model = load_model(options.model, device=device_of(options))
+    messages = [{"role": "user", "content": prompt}]
+    generation = _answer(model, prompt if options.raw else messages, options)
+    _print_speed(generation, options)
+    return 0
+
+
+def run_chat(options: argparse.Namespace) -> int:
+    """Take turns until there is no more input; Ctrl-C ends an answer, or the conversation."""
+    model = load_model(options.model, device=device_of(options))
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not line:
+            return 0
+        messages.append({"role": "user", "content": line})
+        generation = _answer(model, messages, options, may_stop=True)
+        messages.append({"role": "assistant", "content": generation.text})
+        _print_speed(generation, options)
+
+
+def _answer(
+    model: LanguageModel,
+    prompt: str | list[dict[str, str]],
+    options: argparse.Namespace,
+    *,
+    may_stop: bool = False,
+) -> Generation:
+    """Print the answer as it is generated."""
+    try:
+        with refusals(), use_backend(options.backend):
+            stream = model.stream(
+                prompt if isinstance(prompt, str) else model.chat_ids(prompt),
+                options.tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                min_p=options.min_p,
+                repetition_penalty=options.repetition_penalty,
+                seed=options.seed,
+            )
+            try:
+                for piece in stream:
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:
+                if not may_stop:
+                    raise
+    except ValueError as error:
+        raise UserError(one_line(error)) from None
+    print()
+    return stream.generation
+
+
+def _print_speed(generation: Generation, options: argparse.Namespace) -> None:
+    if options.quiet:
+        return
+    timings = generation.timings
+    print(
+        f"[{timings.prompt_tokens} prompt tokens at {timings.prompt_tokens_per_second:.1f}/s, "
+        f"{len(generation.token_ids)} new at {timings.decode_tokens_per_second:.1f}/s, "
+        f"first after {timings.first_token_seconds:.2f} s]",
+        file=sys.stderr,
+    )

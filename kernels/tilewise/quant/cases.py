@@ -1,0 +1,177 @@
+"""The calls on which every backend of the product with quantized weights must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tilewise.quant.formats import FORMATS, PER_CHANNEL, QuantizedTensor
+from tilewise.quant.quantizer import quantize
+from tilewise.testing import Case, Inputs, Make
+
+MakeWeight = Callable[[Inputs, int, int], QuantizedTensor]
+
+_HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+"""Where the float16 numbers of a GGUF block are; random bytes there could be NaN."""
+
+
+def gguf_weight(inputs: Inputs, name: str, *shape: int) -> QuantizedTensor:
+    """A GGUF weight of random bytes with reasonable scales."""
+    form = FORMATS[name]
+    *rows, k = shape
+    blocks = inputs.randint(
+        0, 256, *rows, k // form.block_size, form.block_bytes, dtype=torch.uint8
+    )
+    for at in _HALVES[name]:
+        half = inputs.randn(*blocks.shape[:-1], 1, scale=0.02, dtype=torch.float16)
+        blocks[..., at : at + 2] = half.view(torch.uint8)
+    return QuantizedTensor(name, shape, form.block_size, blocks.flatten(-2))
+
+
+def _own(scheme: str, group_size: int, symmetric: bool = True) -> MakeWeight:
+    def make(inputs: Inputs, n: int, k: int) -> QuantizedTensor:
+        weight = inputs.randn(n, k, scale=0.1, dtype=torch.float32)
+        return quantize(weight, scheme, group_size=group_size, symmetric=symmetric, search="minmax")
+
+    return make
+
+
+def _gguf(name: str) -> MakeWeight:
+    return lambda inputs, n, k: gguf_weight(inputs, name, n, k)
+
+
+def _product(
+    weight: MakeWeight,
+    m: int | tuple[int, ...],
+    n: int,
+    k: int,
+    *,
+    bias: bool = False,
+    activation: str | None = None,
+    residual: bool = False,
+    rank: int = 0,
+    act: str | None = None,
+) -> Make:
+    rows = (m,) if isinstance(m, int) else m
+
+    def make(inputs: Inputs) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"x": inputs.randn(*rows, k), "weight": weight(inputs, n, k)}
+        if bias:
+            arguments["bias"] = inputs.randn(n)
+        if activation:
+            arguments["activation"] = activation
+        if residual:
+            out = n // 2 if activation == "swiglu" else n
+            arguments["residual"] = inputs.randn(*rows, out)
+        if rank:
+            arguments["adapter"] = (inputs.randn(k, rank, scale=0.1), inputs.randn(rank, n))
+        if act:
+            arguments["act"] = act
+        return arguments
+
+    return make
+
+
+_INT8 = _own("int8", PER_CHANNEL)
+_INT4 = _own("int4", 32, symmetric=False)
+
+_FORMATS: dict[str, MakeWeight] = {
+    "int8": _INT8,
+    "int8-g32-asymmetric": _own("int8", 32, symmetric=False),
+    "int8-asymmetric": _own("int8", PER_CHANNEL, symmetric=False),
+    "int4-g32-asymmetric": _INT4,
+    "int4-g64": _own("int4", 64),
+    "int4-g128-asymmetric": _own("int4", 128, symmetric=False),
+    "int4": _own("int4", PER_CHANNEL),
+    "nf4-g64": _own("nf4", 64),
+    "nf4": _own("nf4", PER_CHANNEL),
+    "fp8": _own("fp8", PER_CHANNEL),
+    "fp8-g32": _own("fp8", 32),
+    "mxfp4": _own("mxfp4", 32),
+}
+_EVEN = {
+    "int8": _INT8,
+    "int4-g32-asymmetric": _INT4,
+    "int4-g128": _own("int4", 128),
+    "Q4_0": _gguf("Q4_0"),
+    "Q4_1": _gguf("Q4_1"),
+}
+_GGUF = [name for name, form in FORMATS.items() if form.is_gguf]
+
+
+def _case(id: str, make: Make, *grad: str) -> Case:
+    return Case("quantized_matmul", id, make, grad=("x", *grad))
+
+
+# MKL gives some numbers of rows (6, for one) other bits on other numbers of threads, when it cuts
+# them into pieces that need another inner loop; 1, 3, 4 and 17 are safe.
+CASES = [
+    # Odd in every dimension: K leaves a group unfinished, and nothing is a multiple of a vector.
+    *(_case(f"{name}-odd", _product(make, 3, 63, 79)) for name, make in _FORMATS.items()),
+    *(_case(f"{name}-odd", _product(_gguf(name), 3, 63, 512)) for name in _GGUF),
+    # What a vectorized kernel likes, PyTorch's among them.
+    *(_case(f"{name}-even", _product(make, 17, 32, 128)) for name, make in _EVEN.items()),
+    _case("one", _product(_INT8, 1, 1, 1)),
+    _case("one-row", _product(_INT4, 1, 63, 33)),
+    _case("vector", _product(_INT4, (), 16, 64)),
+    _case("batch", _product(_INT4, (2, 2), 16, 64)),
+    _case("empty", _product(_INT4, 0, 16, 64)),
+    _case("empty-batch", _product(_gguf("Q4_K"), (2, 0), 8, 256)),
+    _case("bias", _product(_INT8, 3, 32, 64, bias=True), "bias"),
+    *(
+        _case(name, _product(_INT4, 3, 16, 64, bias=True, activation=name), "bias")
+        for name in ("gelu", "gelu_tanh", "silu", "swiglu")
+    ),
+    _case("residual", _product(_INT8, (2, 2), 32, 64, residual=True), "residual"),
+    _case("adapter", _product(_INT4, 3, 16, 64, rank=4)),
+    _case(
+        "everything",
+        _product(_gguf("Q4_1"), 4, 64, 96, bias=True, activation="swiglu", residual=True, rank=3),
+        "bias",
+        "residual",
+    ),
+    *(
+        _case(f"act-int8-{name}", _product(make, 3, 31, 77, bias=True, act="int8"), "bias")
+        for name, make in _FORMATS.items()
+        if name in ("int8", "int4-g64", "mxfp4")
+    ),
+    _case("act-int8-Q8_0", _product(_gguf("Q8_0"), 3, 31, 96, act="int8")),
+    _case("act-int8-everything", _product(_INT4, 3, 16, 64, residual=True, rank=3, act="int8")),
+]
+
+
+def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
+    def call(inputs: Inputs) -> tuple[Any, ...]:
+        a = make(inputs)
+        w = a["weight"]
+        adapter = a.get("adapter", (None, None))
+        parts = (w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros)
+        options = (a.get("bias"), a.get("activation"), a.get("residual"), *adapter, a.get("act"))
+        return (a["x"], *parts, *options)
+
+    return call
+
+
+OPERATOR_CALLS = [
+    ("quantized_matmul", _operator_call(_product(_INT4, 3, 16, 64))),
+    ("quantized_matmul", _operator_call(_product(_gguf("Q4_K"), 3, 8, 256, bias=True))),
+    (
+        "quantized_matmul",
+        _operator_call(
+            _product(_INT8, 3, 16, 32, activation="swiglu", residual=True, rank=2, act="int8")
+        ),
+    ),
+]

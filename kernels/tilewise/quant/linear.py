@@ -1,0 +1,139 @@
+"""Quantized weights inside `torch.nn` models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from tilewise.quant.formats import QuantizedTensor
+from tilewise.quant.matmul import quantized_matmul
+from tilewise.quant.quantizer import quantize
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized weight, which is not trained; gradients pass through to x.
+
+    The parts of the weight are buffers `data`, `scales` and `zeros`, and the format travels as
+    extra state, so `state_dict` and safetensors keep all of it. Casting the module to another
+    dtype casts the bias and leaves the weight as it is.
+
+    Args:
+        weight: (N, K).
+        bias: (N,), floating point; stays a parameter if it is one.
+
+    Shape: (..., K) to (..., N). The input's dtype must be the bias's.
+    """
+
+    bias: torch.Tensor | None
+    data: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+
+    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight: shape must be (N, K), got {weight.shape}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            wanted, got = tuple(weight.shape[:1]), tuple(bias.shape)
+            raise ValueError(f"bias: shape must be {wanted} (weight's N), got {got}")
+        self.out_features, self.in_features = weight.shape
+        self.format, self.group_size = weight.format, weight.group_size
+        self.register_buffer("data", weight.data)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("zeros", weight.zeros)
+        if bias is None or isinstance(bias, nn.Parameter):
+            self.register_parameter("bias", bias)
+        else:
+            self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """The weight, (out_features, in_features)."""
+        shape = (self.out_features, self.in_features)
+        return QuantizedTensor(
+            self.format, shape, self.group_size, self.data, self.scales, self.zeros
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`quantized_matmul` of x, (..., in_features)."""
+        return quantized_matmul(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}, group_size={self.group_size}, "
+            f"bits_per_weight={weight.bits_per_weight:.3g}"
+        )
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The format, as a tensor so that safetensors takes it."""
+        return self.weight.describe()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Refuse a weight that was stored in another format: its bytes mean something else."""
+        if not torch.equal(state.cpu(), self.weight.describe()):
+            ours, theirs = (bytes(t.tolist()).decode() for t in (self.weight.describe(), state))
+            raise ValueError(f"weight: the layer holds {ours}, the state dict {theirs}")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # `.half()` and the like cast whatever is floating point; as bytes, codes and scales only
+        # move between devices.
+        stored = {id(part) for part in (self.data, self.scales, self.zeros)}
+
+        def move(t: torch.Tensor) -> torch.Tensor:
+            return fn(t.view(torch.uint8)).view(t.dtype) if id(t) in stored else fn(t)
+
+        return super()._apply(move, recurse)
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str = "int4",
+    *,
+    filter: Callable[[str, nn.Linear], bool] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Replace the linear layers of a model by quantized ones, in place.
+
+    A weight that several layers share is quantized once and stays shared. What shares a weight
+    with a linear layer but is none, such as a tied embedding, keeps the unquantized weight.
+
+    Args:
+        model: any module; if it is itself an `nn.Linear` the result is returned.
+        scheme: see `quantize`.
+        filter: takes a layer's qualified name and the layer; False leaves the layer alone.
+        options: `group_size`, `symmetric` and `search` of `quantize`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for a scheme or an option that does not exist.
+    """
+    weights: dict[torch.Tensor, QuantizedTensor] = {}
+    layers: dict[nn.Linear, QuantLinear] = {}
+
+    def quantized(layer: nn.Linear) -> QuantLinear:
+        if layer not in layers:
+            if layer.weight not in weights:
+                weights[layer.weight] = quantize(layer.weight, scheme, **options)
+            layers[layer] = QuantLinear(weights[layer.weight], layer.bias)
+            layers[layer].train(layer.training)
+        return layers[layer]
+
+    def is_wanted(module: nn.Module | None, name: str) -> TypeGuard[nn.Linear]:
+        # Not subclasses: they may use their weight in ways of their own.
+        return type(module) is nn.Linear and (filter is None or filter(name, module))
+
+    if is_wanted(model, ""):
+        return quantized(model)
+    for prefix, parent in list(model.named_modules()):
+        # Not named_children(), which leaves out the second place of a layer used twice.
+        for child_name, child in list(parent._modules.items()):
+            if is_wanted(child, f"{prefix}.{child_name}" if prefix else child_name):
+                setattr(parent, child_name, quantized(child))
+    return model

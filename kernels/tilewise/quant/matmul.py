@@ -1,0 +1,171 @@
+"""The product with a quantized weight: checks, cost, dispatch and the public function."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewise import checks
+from tilewise.dispatch import Cost, Impl, Op
+from tilewise.quant import baseline, naive
+from tilewise.quant.formats import QuantizedTensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "swiglu")
+
+
+def output_shape(
+    x: torch.Tensor, weight: QuantizedTensor, activation: str | None
+) -> tuple[int, ...]:
+    """The shape of `quantized_matmul`'s result."""
+    n = weight.shape[-2]
+    return (*x.shape[:-1], n // 2 if activation == "swiglu" else n)
+
+
+def _check_quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    act: str | None = None,
+    validate: bool = False,
+) -> None:
+    checks.has_dtype("x", x, checks.FLOATS)
+    if not isinstance(weight, QuantizedTensor):
+        raise TypeError(f"weight: must be a QuantizedTensor, got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight: shape must be (N, K), got {weight.shape}")
+    n, k = weight.shape
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x: shape must be (..., {k}), weight's K, got {tuple(x.shape)}")
+    checks.on_device_of("weight", weight.data, "x", x)
+    if activation is not None and activation not in ACTIVATIONS:
+        wanted = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation: must be None or one of {wanted}, got {activation!r}")
+    if activation == "swiglu" and n % 2:
+        raise ValueError(f"weight: swiglu needs an even number of rows, got {n}")
+    if act not in (None, "int8"):
+        raise ValueError(f"act: must be None or 'int8', got {act!r}")
+    if bias is not None:
+        checks.like("bias", bias, "x", x)
+        checks.has_shape("bias", bias, (n,), "weight's N")
+    if residual is not None:
+        checks.like("residual", residual, "x", x)
+        checks.has_shape(
+            "residual", residual, output_shape(x, weight, activation), "the output's shape"
+        )
+    if adapter is not None:
+        if not isinstance(adapter, tuple) or len(adapter) != 2:
+            raise TypeError("adapter: must be a pair of tensors (K, r) and (r, N)")
+        for i, part in enumerate(adapter):
+            checks.like(f"adapter[{i}]", part, "x", x)
+            checks.has_dims(f"adapter[{i}]", part, ("K rank", "rank N")[i])
+        rank = adapter[0].shape[1]
+        checks.has_shape("adapter[0]", adapter[0], (k, rank), "weight's K and the rank")
+        checks.has_shape("adapter[1]", adapter[1], (rank, n), "the rank and weight's N")
+    if validate:
+        bad = (~weight.dequantize().isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise ValueError(f"weight: row {int(bad[0])} holds a number that is not finite")
+
+
+def _cost_quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    act: str | None = None,
+) -> Cost:
+    n, k = weight.shape
+    rows = x.numel() // k if k else 0
+    out = rows * (n // 2 if activation == "swiglu" else n)
+    extra = [t for t in (bias, residual, *(adapter or ())) if t is not None]
+    flops = 2 * rows * n * k
+    if adapter is not None:
+        flops += 2 * rows * adapter[0].shape[1] * (n + k)
+    moved = x.numel() + out + sum(t.numel() for t in extra)
+    return Cost(flops, weight.nbytes + moved * x.itemsize, x.dtype)
+
+
+_QUANTIZED_MATMUL = Op(
+    "quantized_matmul",
+    naive.quantized_matmul,
+    impls=(
+        Impl(
+            "torch",
+            baseline.quantized_matmul,
+            baseline.why_not,
+            untraceable=baseline.UNTRACEABLE,
+        ),
+    ),
+    check=_check_quantized_matmul,
+    cost=_cost_quantized_matmul,
+)
+
+
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    act: str | None = None,
+    backend: str = "auto",
+    validate: bool = False,
+) -> torch.Tensor:
+    """Multiply by a quantized weight: activation(x W^T + x A B + bias) + residual.
+
+    Everything is computed in float32 (float64 for float64 inputs) in this order: the product with
+    the dequantized weight, the adapter, the bias, the activation, the residual; the result is
+    rounded once, to x's dtype. The gradient flows to x, bias, residual and the adapter.
+
+    Args:
+        x: (..., K), floating point.
+        weight: (N, K).
+        bias: (N,), x's dtype.
+        activation: None, "gelu" (exact), "gelu_tanh", "silu", or "swiglu": the first half of the
+            weight's rows is the gate, the second what it multiplies, and the output has N / 2.
+        residual: the output's shape, x's dtype.
+        adapter: the low-rank pair A (K, r) and B (r, N) of LoRA, x's dtype; B holds its scaling.
+        act: "int8" rounds x, before it meets the weight (not the adapter), to int8 with one
+            absmax scale per row and group: the weight's group size, the whole row for a
+            per-channel weight, 32 for GGUF formats. `naive.fake_quantize` says exactly how.
+        backend: see `tilewise.use_backend`.
+        validate: also refuse a weight that holds a NaN or an infinity.
+
+    Returns:
+        (..., N), or (..., N / 2) after "swiglu", x's dtype.
+
+    Raises:
+        ValueError, TypeError: for an argument that does not fit; it is named.
+        BackendError: if the named backend cannot run the call.
+
+    Source: Hu et al., LoRA, 2021 (arXiv:2106.09685) for the adapter; Shazeer, GLU Variants Improve
+        Transformer, 2020 (arXiv:2002.05202) for swiglu.
+    """
+    _check_quantized_matmul(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        residual=residual,
+        adapter=adapter,
+        act=act,
+        validate=validate,
+    )
+    return _QUANTIZED_MATMUL(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        residual=residual,
+        adapter=adapter,
+        act=act,
+        backend=backend,
+    )

@@ -1,0 +1,63 @@
+"""The registered operator behind kernels for quantized weights that PyTorch cannot trace."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewise.library import Contract
+from tilewise.quant import naive
+from tilewise.quant.formats import QuantizedTensor
+
+
+def _fake(
+    x: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    adapter_a: torch.Tensor | None,
+    adapter_b: torch.Tensor | None,
+    act: str | None,
+) -> torch.Tensor:
+    n = shape[0] // 2 if activation == "swiglu" else shape[0]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+QUANTIZED_MATMUL = Contract(
+    "quantized_matmul",
+    "(Tensor x, str format, int[] shape, int group_size, Tensor data, Tensor? scales, "
+    "Tensor? zeros, Tensor? bias, str? activation, Tensor? residual, Tensor? adapter_a, "
+    "Tensor? adapter_b, str? act) -> Tensor",
+    _fake,
+)
+"""A weight is its parts, in the order of `QuantizedTensor`'s fields."""
+
+
+@QUANTIZED_MATMUL.kernel("naive")
+def _quantized_matmul_kernel(
+    x: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    adapter_a: torch.Tensor | None,
+    adapter_b: torch.Tensor | None,
+    act: str | None,
+) -> torch.Tensor:
+    weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
+    adapter = None
+    if adapter_a is not None and adapter_b is not None:
+        adapter = (adapter_a, adapter_b)
+    return naive.quantized_matmul(
+        x, weight, bias, activation=activation, residual=residual, adapter=adapter, act=act
+    ).contiguous()

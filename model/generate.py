@@ -1,0 +1,379 @@
+"""Generating text: chunked prefill, then one token at a time, on the paged cache.
+
+Prompts of a batch are computed together, their tokens packed one sequence after the other without
+padding; a sequence that ends gives its pages back and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from tilewise.fused import sample
+from tilewise.model.chat import render_chat
+from tilewise.model.gpt import GPT, PagedBatch
+from tilewise.model.tokenizer import TextStream, Tokenizer
+from tilewise.paged import PagedKVCache
+
+__all__ = ["Generation", "LanguageModel", "Stream", "Timings"]
+
+Prompt = str | Sequence[int]
+
+_PAGE_SIZE = 16
+
+
+@dataclass
+class Timings:
+    """How long generating took, for all sequences of the batch together.
+
+    Args:
+        prompt_tokens, prompt_seconds: until the first token of every sequence was chosen.
+        decode_tokens, decode_seconds: the tokens after those.
+        decode_steps: how many times the model ran for them.
+        first_token_seconds: from the call to the first token.
+    """
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    first_token_seconds: float = 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return _ratio(self.prompt_tokens, self.prompt_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return _ratio(self.decode_tokens, self.decode_seconds)
+
+    @property
+    def seconds_per_output_token(self) -> float:
+        """Mean time of a decoding step: what a reader of one sequence waits for each token."""
+        return _ratio(self.decode_seconds, self.decode_steps)
+
+
+def _ratio(amount: float, per: float) -> float:
+    return amount / per if per else 0.0
+
+
+@dataclass
+class Generation:
+    """What a prompt was continued with.
+
+    Args:
+        text: the new text, without a stop string and without special tokens.
+        token_ids: the new tokens, the one that ended the text among them.
+        prompt_ids: the prompt's tokens.
+        finish_reason: "stop" (an end token or a stop string), "length", or "" while running.
+        timings: shared by the whole batch.
+    """
+
+    prompt_ids: list[int]
+    timings: Timings
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LanguageModel:
+    """A model with all that it takes to talk to it.
+
+    Args:
+        gpt: maps token ids to logits.
+        tokenizer: None if the checkpoint had none; prompts are token ids then.
+        chat_template: Jinja source, or None.
+        name: for tables and messages.
+    """
+
+    def __init__(
+        self,
+        gpt: GPT,
+        tokenizer: Tokenizer | None = None,
+        chat_template: str | None = None,
+        *,
+        name: str = "",
+    ) -> None:
+        self.gpt = gpt
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.name = name
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 128, **options: Any
+    ) -> Any:
+        """Continue a prompt, or each of several.
+
+        Args:
+            prompt: text or token ids; or a list of texts or of lists of token ids.
+            max_new_tokens: most tokens to add to each.
+            options: temperature=0.0 (0 takes the most likely token), top_k=0, top_p=1.0, min_p=0.0,
+                repetition_penalty=1.0, seed=0: as in `tilewise.sample`; the random numbers of the
+                prompt at index i in the list are those of sample i.
+                stop=(): strings that end the text, and are not part of it.
+                ignore_eos=False: go on past the model's end tokens (to measure speed).
+                chunk_size=512: most prompt tokens to compute at a time.
+                cache_dtype=None: the model's dtype, or "int8", "fp8" or "int4" for a smaller cache.
+
+        Returns:
+            A `Generation`, or a list of them where the prompt was a list of prompts.
+
+        Raises:
+            ValueError: for a prompt that is empty or leaves no room for `max_new_tokens`.
+        """
+        is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not _is_token(prompt[0])
+        prompts = list(cast(Sequence[Prompt], prompt)) if is_batch else [cast(Prompt, prompt)]
+        run = _Run(self, prompts, max_new_tokens, **options)
+        for _ in run.steps():
+            pass
+        generations = [sequence.generation for sequence in run.sequences]
+        return generations if is_batch else generations[0]
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = 128, **options: Any) -> Stream:
+        """Continue a prompt and hand out the text as it comes; takes what `generate` takes."""
+        return Stream(_Run(self, [prompt], max_new_tokens, **options))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_new_tokens: int = 512, **options: Any
+    ) -> Generation:
+        """Answer a conversation.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text}, oldest first.
+            max_new_tokens, options: as in `generate`.
+
+        Raises:
+            ValueError: if the model has no chat template or no tokenizer, or the template fails.
+        """
+        return self.generate(self.chat_ids(messages), max_new_tokens, **options)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The prompt that asks the model for the next message of a conversation."""
+        tokenizer = self._tokenizer()
+        if self.chat_template is None:
+            raise ValueError(f"messages: {self.name or 'the model'} has no chat template")
+        text = render_chat(self.chat_template, messages, tokenizer)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, checked to be in the vocabulary."""
+        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("prompt: must have at least one token")
+        vocab_size = self.gpt.config.vocab_size
+        for token in ids:
+            if not (_is_token(token) and 0 <= token < vocab_size):
+                raise ValueError(f"prompt: token ids must be in [0, {vocab_size}), got {token!r}")
+        return ids
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"prompt: {self.name or 'the model'} has no tokenizer for text")
+        return self.tokenizer
+
+
+class Stream(Iterator[str]):
+    """The pieces of a text as they are generated; `generation` holds all so far."""
+
+    def __init__(self, run: _Run) -> None:
+        self.generation = run.sequences[0].generation
+        self._pieces = run.steps()
+
+    def __next__(self) -> str:
+        return next(piece for pieces in self._pieces if (piece := pieces[0]))
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _Sequence:
+    """One prompt and what has been generated after it."""
+
+    def __init__(self, index: int, generation: Generation, text: TextStream | None) -> None:
+        self.index = index
+        self.generation = generation
+        self.cached = -1
+        self._text = text
+        self._held = ""
+
+    def push(self, token: int, limit: int, end_ids: Sequence[int], stop: Sequence[str]) -> str:
+        """Take the next token; returns the text that can be shown now."""
+        generation = self.generation
+        generation.token_ids.append(token)
+        if token in end_ids:
+            generation.finish_reason = "stop"
+        elif len(generation.token_ids) == limit:
+            generation.finish_reason = "length"
+        if self._text is None:
+            return ""
+        text = self._held + self._text.push(token)
+        if generation.finish_reason:
+            text += self._text.flush()
+        # The earliest stop string ends the text; what may yet become one is held back.
+        if found := [at for at in (text.find(string) for string in stop) if at >= 0]:
+            generation.finish_reason = "stop"
+            text = text[: min(found)]
+        keep = 0 if generation.finish_reason else _unfinished(text, stop)
+        text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        generation.text += text
+        return text
+
+
+def _unfinished(text: str, stop: Sequence[str]) -> int:
+    """The length of the longest end of `text` with which a stop string begins."""
+    longest = max((len(string) for string in stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-size:]) for string in stop):
+            return size
+    return 0
+
+
+class _Run:
+    """One call of `generate`: its sequences, their cache, and how to choose tokens."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        chunk_size: int = 512,
+        cache_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: must be >= 1, got {max_new_tokens}")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: must be >= 1, got {chunk_size}")
+        self._started = time.perf_counter()
+        self._gpt, self._limit, self._chunk_size = model.gpt, max_new_tokens, chunk_size
+        self._sampling: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        self._stop = [string for string in ([stop] if isinstance(stop, str) else stop) if string]
+        if self._stop and model.tokenizer is None:
+            raise ValueError("stop: the model has no tokenizer, so there is no text to look at")
+        self._end_ids = model.tokenizer.eos_ids if model.tokenizer and not ignore_eos else ()
+        self._timings = Timings()
+        self.sequences: list[_Sequence] = []
+        config = model.gpt.config
+        for prompt in prompts:
+            ids = model.encode(prompt)
+            if len(ids) + max_new_tokens > config.max_positions:
+                raise ValueError(
+                    f"max_new_tokens: the model has {config.max_positions} positions and the "
+                    f"prompt {len(ids)} tokens, got {max_new_tokens}"
+                )
+            text = model.tokenizer.stream(ids) if model.tokenizer else None
+            generation = Generation(ids, self._timings)
+            self.sequences.append(_Sequence(len(self.sequences), generation, text))
+        pages = sum(
+            -(-(len(sequence.generation.prompt_ids) + max_new_tokens) // _PAGE_SIZE)
+            for sequence in self.sequences
+        )
+        self._cache = PagedKVCache(
+            config.layers,
+            max(pages, 1),
+            _PAGE_SIZE,
+            config.kv_heads,
+            config.head_dim,
+            dtype=cache_dtype if cache_dtype is not None else model.gpt.dtype,
+            device=model.gpt.device,
+        )
+
+    def steps(self) -> Iterator[list[str]]:
+        """Run to the end; yields after each run of the model what text it added to each prompt."""
+        timings = self._timings
+        for chunks in self._prefill_chunks():
+            pieces = self._step(chunks)
+            timings.prompt_tokens += sum(len(ids) for _, ids in chunks)
+            timings.prompt_seconds = time.perf_counter() - self._started
+            if not timings.first_token_seconds and self.sequences[0].generation.token_ids:
+                timings.first_token_seconds = timings.prompt_seconds
+            yield pieces
+        while running := [s for s in self.sequences if not s.generation.finish_reason]:
+            started = time.perf_counter()
+            pieces = self._step([(s, s.generation.token_ids[-1:]) for s in running])
+            timings.decode_seconds += time.perf_counter() - started
+            timings.decode_tokens += len(running)
+            timings.decode_steps += 1
+            yield pieces
+
+    def _prefill_chunks(self) -> Iterator[list[tuple[_Sequence, list[int]]]]:
+        """All prompts, cut so that no more than `chunk_size` tokens are computed at once."""
+        chunks: list[tuple[_Sequence, list[int]]] = []
+        room = self._chunk_size
+        for sequence in self.sequences:
+            sequence.cached = self._cache.add_sequence()
+            ids = sequence.generation.prompt_ids
+            while ids:
+                chunks.append((sequence, ids[:room]))
+                ids, room = ids[room:], room - len(ids[:room])
+                if not room:
+                    yield chunks
+                    chunks, room = [], self._chunk_size
+        if chunks:
+            yield chunks
+
+    @torch.no_grad()
+    def _step(self, chunks: list[tuple[_Sequence, list[int]]]) -> list[str]:
+        """Feed each sequence some tokens, and where its prompt is complete take the next one."""
+        batch = PagedBatch.append(
+            self._cache, [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
+        )
+        token_ids = torch.tensor([t for _, ids in chunks for t in ids], device=self._gpt.device)
+        logits = self._gpt(token_ids, batch)
+        complete = [
+            row
+            for row, (s, _) in enumerate(chunks)
+            if self._cache.allocator.length(s.cached) >= len(s.generation.prompt_ids)
+        ]
+        pieces = [""] * len(self.sequences)
+        if not complete:
+            return pieces
+        continued = [chunks[row][0] for row in complete]
+        if len(complete) < len(chunks):
+            logits = logits[torch.tensor(complete, device=logits.device)]
+        for sequence, token in zip(continued, self._choose(logits, continued), strict=True):
+            pieces[sequence.index] = sequence.push(token, self._limit, self._end_ids, self._stop)
+            if sequence.generation.finish_reason:
+                self._cache.free(sequence.cached)
+        return pieces
+
+    def _choose(self, logits: torch.Tensor, sequences: list[_Sequence]) -> list[int]:
+        """The next token of each sequence."""
+        texts = [s.generation.prompt_ids + s.generation.token_ids for s in sequences]
+        previous = None
+        if self._sampling["repetition_penalty"] != 1:
+            longest = max(map(len, texts))
+            padded = [ids + [-1] * (longest - len(ids)) for ids in texts]
+            previous = torch.tensor(padded, device=logits.device)
+        tokens = sample(
+            logits,
+            previous_tokens=previous,
+            sample_ids=torch.tensor([s.index for s in sequences], device=logits.device),
+            positions=torch.tensor([len(ids) for ids in texts], device=logits.device),
+            **self._sampling,
+        )
+        return tokens.tolist()

@@ -1,0 +1,145 @@
+"""The parts of a decoder that hold weights. A weight is a tensor, or stays quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import nn
+
+from tilewise.fused import layer_norm, rms_norm
+from tilewise.model.config import GPTConfig
+from tilewise.moe import moe
+from tilewise.quant import QuantizedTensor, QuantLinear
+
+__all__ = ["Experts", "HeadNorm", "Norm", "QuantEmbedding", "RowBlocks", "Weight", "linear", "put"]
+
+Weight: TypeAlias = torch.Tensor | QuantizedTensor
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, which also adds what the last sublayer found to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        if config.norm == "layer_norm":
+            self.bias = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns norm(x + residual) and x + residual."""
+        if self.kind == "rms_norm":
+            y = rms_norm(x, self.weight, self.eps, residual=residual)
+        else:
+            y = layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
+        return y if isinstance(y, tuple) else (y, x)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every head by itself, as Qwen3 does to queries and keys."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.head_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, rms_norm(x, self.weight, self.eps))
+
+
+class QuantEmbedding(QuantLinear):
+    """A quantized embedding table, of which only the rows looked up are ever dequantized."""
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids (...) -> rows (..., dim), float32."""
+        ids = token_ids.flatten()
+        scales, zeros = (None if part is None else part[ids] for part in (self.scales, self.zeros))
+        shape = (len(ids), self.in_features)
+        rows = QuantizedTensor(self.format, shape, self.group_size, self.data[ids], scales, zeros)
+        return rows.dequantize().unflatten(0, token_ids.shape)
+
+
+class RowBlocks(nn.ModuleList):
+    """One projection stored as several blocks of rows.
+
+    A file may keep more bits for some rows of a fused projection (v) than for others (q and k);
+    where all are of one format they are one matrix instead.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([block(x) for block in self], dim=-1)
+
+
+class Experts(nn.Module):
+    """The feed-forward networks of a mixture of experts, and the router that picks among them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.top_k = config.experts_per_token
+        self.router = nn.Linear(config.dim, config.experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.ffn_dim, config.dim))
+        self.down = nn.Parameter(torch.empty(config.experts, config.dim, config.ffn_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, -2)
+        y = moe(tokens, self.router(tokens), self.gate_up, self.down, top_k=self.top_k)
+        return y.view(x.shape)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for name in ("gate_up", "down"):  # quantized, they are no parameters, and only move
+            if isinstance(weight := getattr(self, name), QuantizedTensor):
+                setattr(self, name, weight.to(fn(torch.empty(0, device=weight.device)).device))
+        return super()._apply(fn, recurse)
+
+
+def linear(blocks: list[Weight], bias: torch.Tensor | None = None) -> nn.Module:
+    """A projection with these blocks of rows, each (rows, in_features)."""
+    biases = [None] * len(blocks)
+    if bias is not None:
+        biases = list(bias.split([block.shape[0] for block in blocks]))
+    modules = [_linear(block, part) for block, part in zip(blocks, biases, strict=True)]
+    return modules[0] if len(modules) == 1 else RowBlocks(modules)
+
+
+def _linear(weight: Weight, bias: torch.Tensor | None) -> nn.Module:
+    if isinstance(weight, QuantizedTensor):
+        return QuantLinear(weight, bias)
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = _parameter(weight)
+    if bias is not None:
+        module.bias = _parameter(bias)
+    return module
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    """A tied weight stays the one parameter that it is; a loaded one is for inference."""
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
+    """Give the module at `path` its weights, replacing it where it holds only tensors.
+
+    Args:
+        model: may be on the meta device.
+        path: dotted, such as "blocks.0.attention.qkv".
+        weights: by the names of the module's own parameters; the blocks of rows of each.
+    """
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        bias = torch.cat(weights["bias"]) if "bias" in weights else None  # type: ignore[arg-type]
+        model.set_submodule(path, linear(weights["weight"], bias))
+        return
+    for name, (weight,) in weights.items():
+        if isinstance(weight, torch.Tensor):
+            setattr(module, name, _parameter(weight))
+        elif isinstance(module, nn.Embedding):
+            model.set_submodule(path, QuantEmbedding(weight))
+        else:
+            delattr(module, name)  # a parameter's name does not take anything else
+            setattr(module, name, weight)

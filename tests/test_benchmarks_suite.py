@@ -1,0 +1,65 @@
+"""`pytest benchmarks`: groups of rivals, checked, with everything in the JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tilewise.benchmarks import report as reports
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The result of timing one workload, and the JSON."""
+    path = tmp_path_factory.mktemp("benchmarks") / "r.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "rms_norm and SmolLM2 or sample and top-p", f"--benchmark-json={path}"]
+    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, path
+
+
+def test_rivals_are_in_one_group(run):
+    data = json.loads(run[1].read_text())
+    groups = {}
+    for benchmark in data["benchmarks"]:
+        groups.setdefault(benchmark["group"], []).append(benchmark["extra_info"]["backend"])
+    assert groups["rms_norm SmolLM2 decode float32 cpu"] == ["naive", "torch"]
+
+
+def test_every_benchmark_says_all_about_itself(run):
+    data = json.loads(run[1].read_text())
+    for benchmark in data["benchmarks"]:
+        info = benchmark["extra_info"]
+        assert info["seconds"] == benchmark["stats"]["median"]
+        assert info["percent_of_ceiling"] > 0
+        assert info["gbytes_per_second"] > 0
+        assert info["tflops"] is not None
+        assert 0 <= info["agreement"] <= 1
+        assert info["error"] is not None
+        assert info["over_naive"] > 0
+        assert {"tilewise", "torch", "python"} <= info["versions"].keys()
+        assert "clock" in benchmark["options"]["timer"]
+
+
+def test_a_backend_that_cannot_run_is_in_the_json_with_its_reason(run):
+    data = json.loads(run[1].read_text())
+    (row,) = data["not_run"]
+    assert (row["op"], row["backend"], row["seconds"]) == ("sample", "torch", None)
+    assert "only temperature=0" in row["reason"]
+
+
+def test_the_terminal_shows_our_table(run):
+    assert "of ceiling" in run[0]
+    assert "sample, torch has no time for" in run[0]
+
+
+def test_the_json_is_a_report(run):
+    report = reports.read(run[1])
+    assert {row.backend for row in report.rows} == {"naive", "torch"}
+    assert "rms_norm" in reports.markdown(report)
