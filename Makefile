@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m tilewise.demo --json demo.json --plot demo.png
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json

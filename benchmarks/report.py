@@ -165,7 +165,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.rows:
         console.print(operations_table(report.rows, console))
         for line in refusals(report.rows):
-            console.print(f"[dim]{line}[/]", soft_wrap=True)
+            console.print(line, style="dim", markup=False, soft_wrap=True)
         console.print(f"[dim]{_LEGEND}[/]\n")
     if report.model:
         console.print(model_table(report.model, console))

@@ -61,15 +61,37 @@ class TokenRate:
         return TokenRate(**{field.name: data[field.name] for field in fields(TokenRate)})
 
 
+def check(model: LanguageModel, backend: str, *, tokens: int = 3) -> None:
+    """Hold the model on `backend` to the greedy text of the model on the definition.
+
+    Raises:
+        AssertionError: where the texts part and the two tokens there are not all but equally likely.
+    """
+    from tilewise.model import greedy_tokens_agree
+
+    prompt = _random_tokens(model, 16)
+    texts = {}
+    for name in dict.fromkeys(("naive", backend)):
+        with use_backend(name):
+            texts[name] = model.generate(prompt, tokens, ignore_eos=True).token_ids
+    agreement = greedy_tokens_agree(model.gpt, prompt, texts[backend], texts["naive"])
+    if not agreement:
+        raise AssertionError(f"{model.name} on {backend}: {agreement}")
+
+
+def _random_tokens(model: LanguageModel, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.gpt.config.vocab_size, (count,), generator=generator).tolist()
+
+
 def run_test(model: LanguageModel, test: str) -> float:
     """Run "pp<tokens>" or "tg<tokens>" once on the backends in use; returns its seconds."""
     kind, tokens = test[:2], int(test[2:])
-    generator = torch.Generator().manual_seed(0)
-    length = tokens if kind == "pp" else 1
-    prompt = torch.randint(model.gpt.config.vocab_size, (length,), generator=generator).tolist()
     if kind == "pp":
+        prompt = _random_tokens(model, tokens)
         return model.generate(prompt, 1, ignore_eos=True).timings.prompt_seconds
-    return model.generate(prompt, tokens + 1, ignore_eos=True).timings.decode_seconds
+    first = _random_tokens(model, 1)
+    return model.generate(first, tokens + 1, ignore_eos=True).timings.decode_seconds
 
 
 def token_rate(model: LanguageModel, test: str, backend: str, seconds: list[float]) -> TokenRate:
@@ -93,7 +115,7 @@ def measure_tokens(
     repetitions: int = 5,
     done: Callable[[], object] = lambda: None,
 ) -> Iterator[TokenRate]:
-    """Run each test once to warm up and then `repetitions` times.
+    """Check the model on a backend; then run each test once to warm up and `repetitions` times.
 
     Args:
         model: what to run.
@@ -104,7 +126,11 @@ def measure_tokens(
 
     Yields:
         The rate of each test as soon as it is known.
+
+    Raises:
+        AssertionError: where the model on this backend says something else than on the definition.
     """
+    check(model, backend)
     for test in tests:
         seconds = []
         for _ in range(repetitions + 1):

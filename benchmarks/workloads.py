@@ -8,7 +8,7 @@ table is sized so that two slow cores finish in a minute; the GPU table has the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -238,6 +238,20 @@ def first_rows(count: int) -> Part:
     )
 
 
+def every_output(step: int) -> Part:
+    """One in `step` of the outputs, each of which is the product with one row of the weight."""
+
+    def reduce(arguments: dict[str, Any]) -> dict[str, Any]:
+        weight = arguments["weight"]
+        parts = (weight.data, weight.scales, weight.zeros)
+        data, scales, zeros = (None if part is None else part[::step] for part in parts)
+        shape = (len(data), weight.shape[-1])
+        some = replace(weight, shape=shape, data=data, scales=scales, zeros=zeros)
+        return arguments | {"weight": some}
+
+    return Part(reduce, lambda result: result[..., ::step])
+
+
 def experts(tokens: int, *, dim: int, ffn_dim: int, count: int, top_k: int) -> Make:
     """A mixture-of-experts layer."""
 
@@ -327,6 +341,7 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
 
     queries = last_queries(64)
     rows = first_rows(32)
+    outputs = every_output(8)
     return [
         workload("flash_attention", "GPT-2 prefill 1024", prefill(GPT2, 1024), part=queries),
         workload("flash_attention", "SmolLM2 prefill 512", prefill(SMOLLM2, 512), part=queries),
@@ -337,8 +352,8 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
             prefill(SMOLLM2, 1024, window=(256, 0)),
             part=queries,
         ),
-        workload("flash_attention", "SmolLM2 decode at 1024", decode(SMOLLM2, 1024)),
-        workload("flash_attention", "Llama-3-8B decode at 8192", decode(LLAMA3, 8192)),
+        workload("flash_attention", "Llama-3-8B decode at 2048", decode(LLAMA3, 2048)),
+        workload("flash_attention", "SmolLM2 decode at 8192", decode(SMOLLM2, 8192)),
         workload(
             "flash_attention_varlen",
             f"SmolLM2 prefill of {len(_MIXED_LENGTHS)} prompts, 17-200",
@@ -362,16 +377,19 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
             "quantized_matmul",
             "Llama-3-8B decode 4096 x 4096, int4",
             quantized(1, 4096, 4096, "int4"),
+            part=outputs,
         ),
         workload(
             "quantized_matmul",
             "Llama-3-8B decode 4096 x 4096, int8",
             quantized(1, 4096, 4096, "int8"),
+            part=outputs,
         ),
         workload(
             "quantized_matmul",
             "Llama-3-8B batch 16, 4096 x 1024, int4",
             quantized(16, 4096, 1024, "int4"),
+            part=outputs,
         ),
         workload(
             "quantized_matmul",
@@ -387,8 +405,8 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload("rotary_embedding", "Llama-3-8B prefill 512", rotary(LLAMA3, 512)),
         workload("swiglu", "Llama-3-8B prefill 128", gated(128, LLAMA3.ffn_dim)),
         workload("geglu", "Gemma-2B prefill 128", gated(128, 16384)),
-        workload("sample", "Llama-3-8B batch 8, greedy", sampling(LLAMA3, 8, temperature=0.0)),
-        workload("sample", "Llama-3-8B batch 8, top-p", sampling(LLAMA3, 8, top_p=0.9)),
+        workload("sample", "Llama-3-8B batch 2, greedy", sampling(LLAMA3, 2, temperature=0.0)),
+        workload("sample", "Llama-3-8B batch 2, top-p", sampling(LLAMA3, 2, top_p=0.9)),
         workload("moe", "Granite-1B prefill 64", experts(64, **_GRANITE_MOE)),
         workload("moe", "Granite-1B decode", experts(1, **_GRANITE_MOE)),
     ]

@@ -2,8 +2,9 @@
 
     parameters    attention  dim x (heads + 2 kv_heads) x head_dim + heads x head_dim x dim
                   network    2 or 3 x dim x ffn_dim, for each expert
-    operations    2 for each weight that a token is multiplied with, and in every layer
-                  4 x heads x head_dim for each token that it looks back at
+    operations    2 for each weight that a token is multiplied with (biases, which are few, are
+                  counted alike), and in every layer 4 x heads x head_dim for each token that it
+                  looks back at
     cache         2 x layers x kv_heads x head_dim numbers for each token
 
 Sources: Brown et al., Language Models are Few-Shot Learners, 2020 (arXiv:2005.14165), table 2.1;

@@ -49,7 +49,6 @@ class Checkpoint:
     """An opened checkpoint.
 
     Args:
-        where: the file or folder, as messages name it.
         config: the model's shape.
         tensors: reads each tensor, by its name.
         names: our module (or parameter, where it is not called weight or bias) -> the tensors
@@ -59,7 +58,6 @@ class Checkpoint:
         tokenizer, chat_template: None where the checkpoint has none.
     """
 
-    where: str
     config: GPTConfig
     tensors: Mapping[str, Callable[[], Stored]]
     names: Mapping[str, tuple[str, ...]]
@@ -74,10 +72,10 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
     Raises:
         ModelError: if a tensor is missing, has the wrong shape, or has no place in the model.
     """
-    where, config = checkpoint.where, checkpoint.config
+    config = checkpoint.config
     left = {key for key in checkpoint.tensors if not key.endswith(checkpoint.unneeded)}
     if config.layers > len(left):  # before a damaged number has us build a million modules
-        raise ModelError(f"{where}: {config.layers} layers cannot be in {len(left)} tensors")
+        raise ModelError(f"{config.layers} layers cannot be in {len(left)} tensors")
     with torch.device("meta"):
         gpt = GPT(config)
     for path, module in list(gpt.named_modules()):
@@ -90,17 +88,15 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
                 blocks.append(_fetch(checkpoint, keys, dtype))
                 left.difference_update(keys)
             weights[name] = [
-                _weight(block, dtype, device, f"{where}: {keys[0]!r}")
-                for block in _join(blocks, tuple(parameter.shape), f"{where}: {keys[0]!r}")
+                _weight(block, dtype, device, repr(keys[0]))
+                for block in _join(blocks, tuple(parameter.shape), repr(keys[0]))
             ]
         if weights:
             put(gpt, path, weights)
     if config.tied_embeddings:
         gpt.tie_head()
     if left:
-        raise ModelError(
-            f"{where}: {len(left)} tensors have no place in the model, such as {min(left)!r}"
-        )
+        raise ModelError(f"{len(left)} tensors have no place in the model, such as {min(left)!r}")
     return gpt.eval()
 
 
@@ -119,12 +115,12 @@ def _fetch(checkpoint: Checkpoint, keys: list[str], dtype: torch.dtype) -> Store
     """One block of rows: floats in `dtype`, quantized rows as they are."""
     for key in keys:
         if key not in checkpoint.tensors:
-            raise ModelError(f"{checkpoint.where}: the tensor {key!r} is missing")
+            raise ModelError(f"the tensor {key!r} is missing")
     parts = [checkpoint.tensors[key]() for key in keys]
     block = parts[0]
     if len(parts) > 1:
         if any(part.shape != block.shape for part in parts):
-            raise ModelError(f"{checkpoint.where}: the shapes of {keys[0]!r} and its like differ")
+            raise ModelError(f"the shapes of {keys[0]!r} and its like differ")
         block = block.map(lambda _: torch.stack([part.data for part in parts]))
     return block if block.ggml_type is not None else block.map(lambda data: data.to(dtype))
 

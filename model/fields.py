@@ -1,4 +1,4 @@
-"""Reading typed values out of what a file says about itself, with errors that name the file."""
+"""Reading typed values out of what a file says about itself."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Fields:
     """A mapping from a file, whose values may be missing or of any type.
 
     Args:
-        where: the file, as messages name it.
-        values: what it says.
+        values: what the file says.
+        within: what messages put before a key.
     """
 
-    where: str
     values: Mapping[str, Any]
+    within: str = ""
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         """An int, or the default where the key is missing or null."""
@@ -43,16 +43,15 @@ class Fields:
 
     def section(self, key: str) -> Fields:
         """The mapping under a key; empty where it is missing or null."""
-        values = self._typed(key, {}, (dict,), "an object")
-        return Fields(f"{self.where}: {key}", values)
+        return Fields(self._typed(key, {}, (dict,), "an object"), f"{self.within}{key}.")
 
     def _typed(self, key: str, default: Any, types: tuple[type, ...], wanted: str) -> Any:
         value = self.values.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise ModelError(f"{self.where}: {key} is missing")
+                raise ModelError(f"{self.within}{key} is missing")
             return default
         # bool is a subclass of int, but true is no integer.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ModelError(f"{self.where}: {key} must be {wanted}, got {value!r:.80}")
+            raise ModelError(f"{self.within}{key} must be {wanted}, got {value!r:.80}")
         return value

@@ -84,6 +84,7 @@ class Generation:
         return self.text
 
 
+@dataclass
 class LanguageModel:
     """A model with all that it takes to talk to it.
 
@@ -94,18 +95,10 @@ class LanguageModel:
         name: for tables and messages.
     """
 
-    def __init__(
-        self,
-        gpt: GPT,
-        tokenizer: Tokenizer | None = None,
-        chat_template: str | None = None,
-        *,
-        name: str = "",
-    ) -> None:
-        self.gpt = gpt
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.name = name
+    gpt: GPT
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    name: str = ""
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 128, **options: Any
@@ -129,7 +122,7 @@ class LanguageModel:
         Raises:
             ValueError: for a prompt that is empty or leaves no room for `max_new_tokens`.
         """
-        is_batch = not isinstance(prompt, str) and len(prompt) > 0 and not _is_token(prompt[0])
+        is_batch = not isinstance(prompt, str) and any(not _is_token(item) for item in prompt)
         prompts = list(cast(Sequence[Prompt], prompt)) if is_batch else [cast(Prompt, prompt)]
         run = _Run(self, prompts, max_new_tokens, **options)
         for _ in run.steps():
@@ -165,7 +158,12 @@ class LanguageModel:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, checked to be in the vocabulary."""
-        ids = self._tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self._tokenizer().encode(prompt)
+        elif isinstance(prompt, Sequence):
+            ids = list(prompt)
+        else:
+            raise TypeError(f"prompt: must be text or token ids, got {type(prompt).__name__}")
         if not ids:
             raise ValueError("prompt: must have at least one token")
         vocab_size = self.gpt.config.vocab_size

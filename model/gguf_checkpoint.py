@@ -54,23 +54,16 @@ def open_gguf(path: Path) -> Checkpoint:
         ModelError: if it is no GGUF file, damaged, or of an architecture that is not supported.
     """
     file = read_gguf(path)
-    fields = Fields(str(path), file.metadata)
+    fields = Fields(file.metadata)
     architecture = fields.text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: the architecture {architecture!r} is not supported, "
-            f"only {', '.join(ARCHITECTURES)}"
+            f"the architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
         )
     if fields.integer("split.count", 1) > 1:
-        raise ModelError(f"{path}: one part of a split file; merge the parts first")
-    try:
-        config = _config(fields, architecture, file.tensors)
-        has_tokenizer = fields.text("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
-        tokenizer = tokenizer_from_gguf(file.metadata) if has_tokenizer else None
-    except ModelError:
-        raise
-    except ValueError as error:
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError("one part of a split file; merge the parts first")
+    has_tokenizer = fields.text("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    config = _config(fields, architecture, file.tensors)
     tensors: dict[str, Callable[[], Stored]] = {
         name: partial(_stored, tensor) for name, tensor in file.tensors.items()
     }
@@ -78,12 +71,11 @@ def open_gguf(path: Path) -> Checkpoint:
         tensors |= _half_split(file.tensors, config)
     names = _GPT2_NAMES if architecture == "gpt2" else _NAMES
     return Checkpoint(
-        where=str(path),
         config=config,
         tensors=tensors,
         names=_EXPERT_NAMES if config.experts else names,
         unneeded=("rope_freqs.weight",),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_from_gguf(file.metadata) if has_tokenizer else None,
         chat_template=fields.text("tokenizer.chat_template", None),
     )
 
@@ -130,16 +122,15 @@ def _config(fields: Fields, architecture: str, tensors: Mapping[str, GGUFTensor]
         return fields.number(f"{architecture}.{key}", *default)
 
     if "token_embd.weight" not in tensors:
-        raise ModelError(f"{fields.where}: the tensor 'token_embd.weight' is missing")
+        raise ModelError("the tensor 'token_embd.weight' is missing")
     dim, heads = integer("embedding_length"), integer("attention.head_count")
     if heads < 1:
-        raise ModelError(f"{fields.where}: {architecture}.attention.head_count is {heads}")
+        raise ModelError(f"{architecture}.attention.head_count is {heads}")
     head_dim = integer("attention.key_length", dim // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if integer(key, head_dim) != head_dim:
             raise ModelError(
-                f"{fields.where}: {architecture}.{key} must be the head width, {head_dim}, "
-                f"got {integer(key)}"
+                f"{architecture}.{key} must be the head width, {head_dim}, got {integer(key)}"
             )
     shape = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -190,10 +181,10 @@ def _rotary_scaling(
         base = fields.number(f"{architecture}.rope.freq_base", 10000.0)
         frequencies = base ** (-torch.arange(len(factors)).double() / len(factors))
         if not torch.allclose(frequencies / scaling.scale(frequencies), factors, rtol=1e-3):
-            raise ModelError(f"{fields.where}: rope_freqs.weight does not follow Llama 3's rule")
+            raise ModelError("rope_freqs.weight does not follow Llama 3's rule")
         return scaling
     if kind == "linear":
         return LinearScaling(fields.number(f"{architecture}.rope.scaling.factor"))
     if kind != "none":
-        raise ModelError(f"{fields.where}: rotary scaling {kind!r} is not supported, only linear")
+        raise ModelError(f"rotary scaling {kind!r} is not supported, only linear")
     return None

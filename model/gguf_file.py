@@ -72,43 +72,43 @@ def read_gguf(path: Path) -> GGUFFile:
         ModelError: if the file is not GGUF, or is damaged.
     """
     if path.stat().st_size < 24:
-        raise ModelError(f"{path}: not a GGUF file, it has only {path.stat().st_size} bytes")
-    cursor = _Cursor(path, np.memmap(path, dtype=np.uint8, mode="c"))
+        raise ModelError(f"not a GGUF file, it has only {path.stat().st_size} bytes")
+    cursor = _Cursor(np.memmap(path, dtype=np.uint8, mode="c"))
     if (magic := bytes(cursor.take(4))) != b"GGUF":
-        raise ModelError(f"{path}: not a GGUF file, it starts with {magic!r}")
+        raise ModelError(f"not a GGUF file, it starts with {magic!r}")
     version = cursor.scalar("<I")
     if version not in (2, 3):
-        raise ModelError(f"{path}: GGUF version must be 2 or 3, got {version}")
+        raise ModelError(f"GGUF version must be 2 or 3, got {version}")
     tensor_count, pair_count = cursor.count(_SMALLEST_ENTRY), cursor.count(_SMALLEST_ENTRY)
 
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
         key = cursor.string()
         if key in metadata:
-            raise ModelError(f"{path}: the key {key!r} occurs twice")
+            raise ModelError(f"the key {key!r} occurs twice")
         metadata[key] = cursor.value(cursor.scalar("<I"))
     described = [_describe(cursor) for _ in range(tensor_count)]
 
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment % 8 or not 8 <= alignment <= 2**16:
-        raise ModelError(f"{path}: general.alignment must be a multiple of 8, got {alignment}")
+        raise ModelError(f"general.alignment must be a multiple of 8, got {alignment}")
     start = -(-cursor.offset // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     total = 0
     for name, kind, shape, offset in described:
-        row = _row_bytes(path, name, kind, shape[-1])
+        row = _row_bytes(name, kind, shape[-1])
         size = math.prod(shape[:-1]) * row
         total += size
         if offset % alignment:
-            raise ModelError(f"{path}: damaged, the tensor {name!r} is not aligned")
+            raise ModelError(f"damaged, the tensor {name!r} is not aligned")
         # The total catches tensors that overlap, which would grow when they are loaded.
         if start + offset + size > len(cursor.data) or total > len(cursor.data):
             raise ModelError(
-                f"{path}: truncated or damaged, the tensor {name!r} ends at byte "
+                f"truncated or damaged, the tensor {name!r} ends at byte "
                 f"{start + offset + size} of {len(cursor.data)}"
             )
         if name in tensors:
-            raise ModelError(f"{path}: the tensor {name!r} occurs twice")
+            raise ModelError(f"the tensor {name!r} occurs twice")
         data = cursor.data[start + offset : start + offset + size].reshape(*shape[:-1], row)
         tensors[name] = GGUFTensor(kind, shape, data)
     return GGUFFile(metadata, tensors)
@@ -126,12 +126,12 @@ def _describe(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     return name, cursor.scalar("<I"), shape, cursor.scalar("<Q")
 
 
-def _row_bytes(path: Path, name: str, kind: int, columns: int) -> int:
+def _row_bytes(name: str, kind: int, columns: int) -> int:
     block, size = _block_sizes().get(kind, (0, 0))
     if not block:
-        raise ModelError(f"{path}: the tensor {name!r} has the unknown type {kind}")
+        raise ModelError(f"the tensor {name!r} has the unknown type {kind}")
     if columns % block:
-        raise ModelError(f"{path}: rows of {name!r} have {columns} elements, not blocks of {block}")
+        raise ModelError(f"rows of {name!r} have {columns} elements, not blocks of {block}")
     return columns // block * size
 
 
@@ -146,14 +146,13 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
 class _Cursor:
     """Reads on from an offset, never past the end."""
 
-    def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path = path
+    def __init__(self, data: np.ndarray) -> None:
         self.data = data
         self.view = data.data
         self.offset = 0
 
     def damaged(self, what: str) -> None:
-        raise ModelError(f"{self.path}: truncated or damaged near byte {self.offset}, {what}")
+        raise ModelError(f"truncated or damaged near byte {self.offset}, {what}")
 
     def take(self, size: int) -> memoryview:
         if size > len(self.view) - self.offset:

@@ -64,12 +64,11 @@ def open_folder(path: Path) -> Checkpoint:
     Raises:
         ModelError: if a file is missing or damaged, or the architecture is not supported.
     """
-    fields = Fields(f"{path / 'config.json'}", _read_json(path / "config.json"))
+    fields = Fields(_read_json(path / "config.json"))
     architecture = fields.text("model_type")
     if architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{path}: the architecture {architecture!r} is not supported, "
-            f"only {', '.join(ARCHITECTURES)}"
+            f"the architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
         )
     tensors = _open_tensors(path)
     names = _MIXTRAL_NAMES if architecture == "mixtral" else _NAMES
@@ -77,17 +76,11 @@ def open_folder(path: Path) -> Checkpoint:
     if architecture == "gpt2":
         names, unneeded = _GPT2_NAMES, (".attn.bias", ".attn.masked_bias")
         tensors = {key.removeprefix("transformer."): read for key, read in tensors.items()}
-    try:
-        config = _gpt2_config(fields) if architecture == "gpt2" else _config(fields, architecture)
-    except ModelError:
-        raise
-    except ValueError as error:
-        raise ModelError(f"{fields.where}: {error}") from error
+    config = _gpt2_config(fields) if architecture == "gpt2" else _config(fields, architecture)
     if config.tied_embeddings:
         unneeded += ("lm_head.weight",)
     tokenizer, chat_template = _open_tokenizer(path, fields)
     return Checkpoint(
-        where=str(path),
         config=config,
         tensors=tensors,
         names=names,
@@ -100,10 +93,10 @@ def open_folder(path: Path) -> Checkpoint:
 def _config(fields: Fields, architecture: str) -> GPTConfig:
     _expect(fields, "hidden_act", "silu")
     if fields.flag("mlp_bias", False):
-        raise ModelError(f"{fields.where}: mlp_bias is not supported")
+        raise ModelError("mlp_bias is not supported")
     windowed = fields.flag("use_sliding_window", architecture == "mixtral")
     if windowed and fields.integer("sliding_window", None) is not None:
-        raise ModelError(f"{fields.where}: sliding_window is not supported")
+        raise ModelError("sliding_window is not supported")
     dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     attention_bias = fields.flag("attention_bias", False)
     base, scaling = _rotary(fields)
@@ -131,7 +124,7 @@ def _config(fields: Fields, architecture: str) -> GPTConfig:
 def _gpt2_config(fields: Fields) -> GPTConfig:
     _expect(fields, "activation_function", "gelu_new")
     if fields.flag("scale_attn_by_inverse_layer_idx", False):
-        raise ModelError(f"{fields.where}: scale_attn_by_inverse_layer_idx is not supported")
+        raise ModelError("scale_attn_by_inverse_layer_idx is not supported")
     dim, heads = fields.integer("n_embd"), fields.integer("n_head")
     return GPTConfig(
         vocab_size=fields.integer("vocab_size"),
@@ -153,7 +146,7 @@ def _gpt2_config(fields: Fields) -> GPTConfig:
 
 def _expect(fields: Fields, key: str, wanted: str) -> None:
     if (got := fields.text(key, wanted)) != wanted:
-        raise ModelError(f"{fields.where}: {key} {got!r} is not supported, only {wanted!r}")
+        raise ModelError(f"{key} {got!r} is not supported, only {wanted!r}")
 
 
 def _rotary(fields: Fields) -> tuple[float, RotaryScaling | None]:
@@ -174,9 +167,7 @@ def _rotary(fields: Fields) -> tuple[float, RotaryScaling | None]:
             high_freq_factor=rope.number("high_freq_factor"),
             original_max_positions=rope.integer("original_max_position_embeddings"),
         )
-    raise ModelError(
-        f"{fields.where}: rotary scaling {kind!r} is not supported, only linear and llama3"
-    )
+    raise ModelError(f"rotary scaling {kind!r} is not supported, only linear and llama3")
 
 
 def _open_tensors(path: Path) -> dict[str, Callable[[], Stored]]:
@@ -186,20 +177,20 @@ def _open_tensors(path: Path) -> dict[str, Callable[[], Stored]]:
     index = path / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
-        weight_map = Fields(str(index), _read_json(index)).section("weight_map").values
+        weight_map = Fields(_read_json(index)).section("weight_map").values
         files = sorted(set(map(str, weight_map.values())))
         # The index names files of this folder, whatever it says.
         if bad := [name for name in files if Path(name).name != name]:
-            raise ModelError(f"{index}: {bad[0]!r} is not the name of a file")
+            raise ModelError(f"{index.name}: {bad[0]!r} is not the name of a file")
     readers: dict[str, Callable[[], Stored]] = {}
     for name in files:
         file = path / name
         if not file.is_file():
-            raise ModelError(f"{path}: {name} is missing")
+            raise ModelError(f"{name} is missing")
         try:
             handle = safe_open(file, framework="pt")  # stays open while a reader refers to it
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: not a safetensors file: {error}") from error
+            raise ModelError(f"{file.name}: not a safetensors file: {error}") from error
         readers |= {key: partial(_stored, file, handle, key) for key in list(handle.keys())}
     return readers
 
@@ -210,9 +201,9 @@ def _stored(file: Path, handle: Any, key: str) -> Stored:
     try:
         data = handle.get_tensor(key)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: {key!r}: {error}") from error
+        raise ModelError(f"{file.name}: {key!r}: {error}") from error
     if data.dtype not in _FLOATS or data.dim() == 0:
-        raise ModelError(f"{file}: {key!r} must be a tensor of floats, got {data.dtype}")
+        raise ModelError(f"{file.name}: {key!r} must be a tensor of floats, got {data.dtype}")
     if key.endswith(_TRANSPOSED):
         data = data.mT.contiguous()
     return Stored(data, data.shape[-1])
@@ -220,9 +211,9 @@ def _stored(file: Path, handle: Any, key: str) -> Stored:
 
 def _open_tokenizer(path: Path, config: Fields) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer and the chat template, as far as the folder has them."""
-    settings = Fields("tokenizer_config.json", _read_json(path / "tokenizer_config.json", {}))
+    settings = _read_json(path / "tokenizer_config.json", {})
     generation = _read_json(path / "generation_config.json", {})
-    template = settings.values.get("chat_template")
+    template = settings.get("chat_template")
     if (path / "chat_template.jinja").is_file():
         template = (path / "chat_template.jinja").read_text(encoding="utf-8")
     template = template if isinstance(template, str) else None
@@ -234,7 +225,7 @@ def _open_tokenizer(path: Path, config: Fields) -> tuple[Tokenizer | None, str |
     try:
         backend = Backend.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the package raises nothing narrower
-        raise ModelError(f"{path / 'tokenizer.json'}: not a tokenizer: {error}") from error
+        raise ModelError(f"tokenizer.json: not a tokenizer: {error}") from error
     eos = generation.get("eos_token_id", config.values.get("eos_token_id"))
     eos_ids = eos if isinstance(eos, list) else [eos]
     bos = config.values.get("bos_token_id")
@@ -251,12 +242,12 @@ def _open_tokenizer(path: Path, config: Fields) -> tuple[Tokenizer | None, str |
 def _read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     if not path.is_file():
         if default is None:
-            raise ModelError(f"{path.parent}: {path.name} is missing")
+            raise ModelError(f"{path.name} is missing")
         return default
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
+        raise ModelError(f"{path.name}: not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: must hold an object, got {type(values).__name__}")
+        raise ModelError(f"{path.name}: must hold an object, got {type(values).__name__}")
     return values

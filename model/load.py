@@ -51,6 +51,8 @@ def load(
         gpt = build(checkpoint, dtype, device)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # what is wrong, from whatever found it, gets its file's name here
+        raise ModelError(f"{path}: {error}") from error
     return LanguageModel(
         gpt, checkpoint.tokenizer, checkpoint.chat_template, name=path.stem or str(path)
     )

@@ -12,9 +12,9 @@ import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# Tests that compare bits across thread counts set them; everything else uses what there is, and a
-# machine with many cores gains nothing on tensors this small.
-torch.set_num_threads(min(4, os.cpu_count() or 1))
+# The tensors are small: `pytest -n auto` runs one test per core, each on a single thread.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from model_files import write_llama_gguf
 
 from tilewise.cli import main
 from tilewise.dispatch import BACKENDS, OPS, Impl
@@ -134,68 +135,110 @@ def test_threads_are_set(capsys):
         torch.set_num_threads(before)
 
 
-# --- with the real model --------------------------------------------------------------------------
+# --- with a model ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    from tilewise import model
-
-    try:
-        return model.find("smollm2")
-    except model.ModelError as error:
-        pytest.skip(str(error))
+def tiny(tmp_path_factory):
+    """The path of a model with random weights."""
+    return str(write_llama_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf"))
 
 
-@pytest.mark.model
-def test_generate_writes_text_to_stdout_and_speed_to_stderr(smollm2, capsys):
-    assert main(["generate", "Say hello.", "-n", "3"]) == 0
+def test_generate_writes_text_to_stdout_and_speed_to_stderr(tiny, capsys):
+    argv = ["generate", "hello", "-m", tiny, "-n", "20", "--temperature", "1"]
+    assert main(argv) == 0
     captured = capsys.readouterr()
     assert captured.out.strip()
-    assert "3 new at" in captured.err
-    assert main(["generate", "Say hello.", "-n", "3", "-q"]) == 0
+    assert " new at " in captured.err
+    assert main([*argv, "-q"]) == 0
     assert capsys.readouterr() == (captured.out, "")
+    assert main([*argv, "-q", "--seed", "1"]) == 0
+    assert capsys.readouterr().out != captured.out
 
 
-@pytest.mark.model
-def test_generate_reads_standard_input(smollm2, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The capital of France is"))
-    assert main(["generate", "--raw", "-n", "2", "-q"]) == 0
-    assert "Paris" in capsys.readouterr().out
+def test_generate_reads_standard_input(tiny, capsys, monkeypatch):
+    argv = ["-m", tiny, "-n", "20", "-q"]
+    assert main(["generate", "--raw", "hello", *argv]) == 0
+    from_argument = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert main(["generate", "--raw", *argv]) == 0
+    assert capsys.readouterr().out == from_argument
 
 
-@pytest.mark.model
-def test_a_conversation_ends_with_its_input(smollm2, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd?\n"))
-    assert main(["chat", "-n", "2", "-q"]) == 0
+def test_the_chat_template_is_used_unless_raw(tiny, capsys):
+    argv = ["generate", "hello", "-m", tiny, "-n", "2"]
+    assert main(argv) == 0
+    asked = capsys.readouterr().err
+    assert main([*argv, "--raw"]) == 0
+    assert capsys.readouterr().err.split()[0] != asked.split()[0]  # fewer prompt tokens
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\nnever read"])
+def test_a_conversation_ends_with_its_input_or_an_empty_line(tiny, capsys, monkeypatch, ending):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nworld\n" + ending))
+    assert main(["chat", "-m", tiny, "-n", "4"]) == 0
+    assert capsys.readouterr().err.count("new at") == 2
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_conversation(tiny, capsys, monkeypatch):
+    lines = iter(["hello"])
+
+    def read(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise KeyboardInterrupt
+        return line
+
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("tilewise.model.Stream.__next__", interrupted)
+    assert main(["chat", "-m", tiny, "-n", "4", "-q"]) == 0
+
+
+def test_ctrl_c_ends_generate(tiny, capsys, monkeypatch):
+    def interrupted(stream):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tilewise.model.Stream.__next__", interrupted)
+    assert main(["generate", "hello", "-m", tiny, "-n", "4"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-n", "90000"], "max_new_tokens: the model has"),
+        (["-n", "0"], "max_new_tokens: must be >= 1, got 0"),
+        (["--temperature", "-1"], "temperature"),
+        (["--backend", "triton"], "has no triton implementation"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_in_one_line(tiny, capsys, options, message):
+    assert main(["generate", "hello", "-m", tiny, "-n", "4", "-q", *options]) == 2
     captured = capsys.readouterr()
-    assert len(captured.out.split()) >= 2
-    assert captured.err == ""
-
-
-@pytest.mark.model
-def test_a_prompt_that_leaves_no_room_is_refused(smollm2, capsys):
-    assert main(["generate", "Hi", "-n", "9000", "-q"]) == 2
-    assert "max_new_tokens: the model has 8192 positions" in capsys.readouterr().err
-
-
-@pytest.mark.model
-def test_a_backend_that_no_operation_has_is_refused(smollm2, capsys):
-    assert main(["generate", "Hi", "-n", "2", "-q", "--backend", "triton"]) == 2
-    captured = capsys.readouterr()
-    assert "has no triton implementation" in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.model
-def test_bench_of_a_model_prints_llama_bench_rows(smollm2, capsys, tmp_path):
+def test_info_about_a_file(tiny, capsys):
+    assert main(["info", "-m", tiny]) == 0
+    assert "operations per token" in capsys.readouterr().out
+
+
+def test_bench_of_a_model_prints_llama_bench_rows(tiny, capsys, tmp_path):
     path = tmp_path / "r.json"
-    argv = ["bench", "-m", "smollm2", "-p", "8", "-n", "2", "-r", "2", "-q", "--json", str(path)]
+    argv = ["bench", "-m", tiny, "-p", "8", "-n", "2", "-r", "3", "-q", "--json", str(path)]
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "pp8" in out
     assert "tg2" in out
     assert "±" in out
     report = json.loads(path.read_text())
-    assert [len(rate["rates"]) for rate in report["model"]] == [2, 2]
+    assert [len(rate["rates"]) for rate in report["model"]] == [3, 3]
     assert report["rows"] == []
+
+
+def test_a_test_of_no_tokens_is_left_out(tiny, capsys):
+    assert main(["bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "-q"]) == 0
+    assert "pp" not in capsys.readouterr().out

@@ -1,4 +1,6 @@
-"""Generating on the paged cache gives what running the whole sequence again for each token gives."""
+"""Generating on the paged cache gives what running the whole sequence for each token gives."""
+
+import copy
 
 import pytest
 import torch
@@ -8,7 +10,6 @@ import tilewise
 import tilewise.model
 from tilewise.model import (
     GPT,
-    PRESETS,
     GPTConfig,
     LanguageModel,
     PagedBatch,
@@ -49,6 +50,11 @@ def make_model(config, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return tilewise.model.load(write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return tilewise.model.load("smollm2")
 
 
 def greedy(gpt, ids, count):
@@ -131,7 +137,7 @@ def test_pages_go_back_when_a_sequence_ends(tiny):
     run = tilewise.model.generate._Run(tiny, [[1, 2, 3], [4]], 4, ignore_eos=True)
     for _ in run.steps():
         pass
-    assert run._cache.allocator.free_pages == run._cache.allocator.num_pages
+    assert run._cache.allocator.num_free_pages == run._cache.allocator.num_pages
 
 
 def test_naive_and_auto_agree(tiny):
@@ -143,13 +149,21 @@ def test_naive_and_auto_agree(tiny):
 
 
 @pytest.mark.model
-def test_naive_and_auto_agree_on_smollm2():
-    model = tilewise.model.load("smollm2")
+def test_smollm2_takes_no_more_memory_than_its_file(smollm2):
+    parts = [*smollm2.gpt.parameters(), *smollm2.gpt.buffers()]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    resident = sum(storage.nbytes() for storage in storages.values())
+    assert resident <= 1.05 * tilewise.model.find("smollm2").stat().st_size
+
+
+@pytest.mark.model
+def test_naive_and_auto_agree_on_smollm2(smollm2):
+    model = smollm2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = model.chat(messages, 4)
-    assert answer.text.startswith("The capital of France")
+    answer = model.chat(messages, 3)
+    assert answer.text == "The capital of"
     with tilewise.use_backend("naive"):
-        naive = model.chat(messages, 4)
+        naive = model.chat(messages, 3)
     assert greedy_tokens_agree(model.gpt, answer.prompt_ids, answer.token_ids, naive.token_ids)
 
 
@@ -249,7 +263,8 @@ def test_a_conversation_becomes_a_prompt(tiny):
         ([], {}, "prompt: must have at least one token"),
         ([1, 97000], {}, r"prompt: token ids must be in \[0, 262\), got 97000"),
         ([[1], [-1]], {}, r"prompt: token ids must be in \[0, 262\), got -1"),
-        ([1.5], {}, "prompt: token ids must be in"),
+        ([1, True], {}, "prompt: must be text or token ids, got int"),
+        ([[1], [1.5]], {}, r"prompt: token ids must be in \[0, 262\), got 1.5"),
         ([1] * 200, {"max_new_tokens": 57}, "max_new_tokens: the model has 256 positions and"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens: must be >= 1, got 0"),
         ([1], {"chunk_size": 0}, "chunk_size: must be >= 1, got 0"),
@@ -257,7 +272,7 @@ def test_a_conversation_becomes_a_prompt(tiny):
     ],
 )
 def test_bad_input_is_named(tiny, prompt, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tiny.generate(prompt, **options)
 
 
@@ -283,14 +298,22 @@ def test_a_model_trains():
     ids = torch.tensor([PROMPTS[0]])
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         logits = gpt(ids[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[0, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < 0.2 * losses[0]
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_a_model_compiles_as_one_graph(name):
+    gpt, ids = make_model(CONFIGS[name]).gpt, torch.tensor([PROMPTS[0]])
+    expected = gpt(ids)
+    compiled = torch.compile(gpt, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_our_own_quantization_applies():
@@ -310,13 +333,7 @@ def test_quantized_weights_stay_quantized_and_move_together(tiny):
     formats = [block.format for block in gpt.blocks[0].attention.qkv]
     assert formats == ["Q4_1", "Q4_1", "Q8_0"]  # v is in another format than q and k
     assert gpt.blocks[0].ffn.gate_up.format == "Q4_1"
-    moved = tilewise.model.load(tiny.path) if hasattr(tiny, "path") else tiny
-    doubled = moved.gpt.double()
+    doubled = copy.deepcopy(gpt).double()
     assert doubled.embedding.data.dtype == torch.uint8
     assert doubled.head.data.data_ptr() == doubled.embedding.data.data_ptr()
     assert doubled(torch.tensor([[1, 2]])).dtype == torch.float64
-    gpt.float()
-
-
-def test_presets_are_the_known_sizes():
-    assert PRESETS["smollm2-135m"].dim == 576

@@ -115,6 +115,23 @@ def test_other_splits(metadata, pre, split):
     assert ids == _byte_pair_ids(text, metadata, split, whole_words=pre == "llama-bpe")
 
 
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["1234", "a", "b"]),
+        ("smollm", ["1", "2", "3", "4", "a", "b"]),
+        ("qwen2", ["1", "2", "3", "4", "a", "b"]),
+        ("llama-bpe", ["123", "4", "ab"]),  # "ab" is a token that no merge makes
+    ],
+)
+def test_what_a_word_is(pre, words):
+    tokens = ["1", "2", "3", "4", "a", "b", "12", "123", "1234", "ab"]
+    metadata = {"model": "gpt2", "pre": pre, "tokens": tokens, "merges": ["1 2", "12 3", "123 4"]}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    ids = tokenizer_from_gguf(metadata).encode("1234ab")
+    assert [tokens[i] for i in ids] == words
+
+
 @pytest.mark.model
 def test_decoding_gives_the_text_back(metadata):
     tokenizer = tokenizer_from_gguf(metadata)

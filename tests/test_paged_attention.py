@@ -135,6 +135,30 @@ def test_a_length_past_the_table_reads_no_further(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, 1.0, -2.0, 0.0])], ids=["", "sinks"])
+def test_who_sees_nothing_gets_nothing(backend, sinks):
+    inputs = Inputs()
+    _, (k_cache, v_cache, table, _) = sequences_and_cache(inputs, (4, 1), 4)
+    q = inputs.randn(4, 4, 16)
+    q[3] = NAN  # padding
+    out, lse = call(
+        backend,
+        q,
+        k_cache,
+        v_cache,
+        table,
+        int32(4, 0),
+        cu_seqlens_q=int32(0, 2, 3),
+        sinks=sinks,
+        return_lse=True,
+    )
+    assert (out[2:] == 0).all()
+    assert torch.equal(lse[2], torch.full((4,), -math.inf) if sinks is None else sinks)
+    assert (lse[3] == -math.inf).all()
+    assert out[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_who_sees_a_value_that_is_not_finite_is_nan(backend, bad, which):

@@ -56,7 +56,7 @@ def test_a_row_of_zeros_has_scale_zero(format):
 
 
 @FORMATS
-@pytest.mark.parametrize("largest", [1e-45, 1e-44, 1e-40, 3e38])
+@pytest.mark.parametrize("largest", [1e-45, 1.4e-44, 2.66e-43, 9.4e-43, 1e-40, 3e38])
 def test_the_ends_of_the_number_range_stay_within_the_largest_magnitude(format, largest):
     x = torch.tensor([largest, -largest, 0.0, largest / 2])
     values = decode(*encode(x, QUANTIZED[format]))

@@ -9,17 +9,12 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def _name(code: str) -> str:
-    return "model" if "tilewise.model" in code else "functions"
+def _example(code: str) -> object:
+    needs_model = "tilewise.model" in code
+    return pytest.param(code, marks=pytest.mark.model if needs_model else ())
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        pytest.param(code, id=f"{_name(code)}-{i}", marks=[pytest.mark.model] * (_name(code) == "model"))
-        for i, code in enumerate(EXAMPLES)
-    ],
-)
+@pytest.mark.parametrize("code", map(_example, EXAMPLES), ids=range(len(EXAMPLES)))
 def test_example_runs(code, run_python):
     run_python(code)
 

@@ -5,6 +5,12 @@ rule) and `tilewise.integrations` are imported by name.
 """
 
 from tilewise.attention import flash_attention, flash_attention_varlen, merge_states
+from tilewise.attention.flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from tilewise.attention.sdpa import scaled_dot_product_attention
 from tilewise.dispatch import (
     BACKENDS,
     BackendError,
@@ -45,6 +51,9 @@ __all__ = [
     "explain",
     "flash_attention",
     "flash_attention_varlen",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "geglu",
     "layer_norm",
     "merge_states",
@@ -57,6 +66,7 @@ __all__ = [
     "rotary_embedding",
     "rotary_tables",
     "sample",
+    "scaled_dot_product_attention",
     "swiglu",
     "use_backend",
 ]

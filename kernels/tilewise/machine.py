@@ -59,17 +59,24 @@ class Ceilings:
         return max(memory, cost.flops / self.flops_of(cost.dtype))
 
 
-def seconds_of(fn: Callable[[], object], device: torch.device, *, repeats: int = 5) -> float:
-    """The least wall time of one call in seconds, after a warm-up; waits for the device."""
+def seconds_of(
+    fn: Callable[[], object], device: torch.device, *, repeats: int = 5, at_least: float = 0.1
+) -> float:
+    """The least wall time of one call in seconds, after a warm-up; waits for the device.
+
+    Calls go on for `at_least` seconds: on a busy machine a thread that has lost its core makes
+    many short calls in a row look a thousand times slower than they are.
+    """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     fn()
-    best = float("inf")
-    for _ in range(repeats):
+    best, began = float("inf"), time.perf_counter()
+    while repeats > 0 or time.perf_counter() - began < at_least:
         synchronize()
         start = time.perf_counter()
         fn()
         synchronize()
         best = min(best, time.perf_counter() - start)
+        repeats -= 1
     return best
 
 
@@ -105,6 +112,8 @@ def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
 
     if device.type == "cuda":
         return flops(4096)
+    if dtype.itemsize > 2:
+        return flops(768)
     # Without matrix instructions a 16-bit product on the CPU falls to a scalar loop hundreds of
     # times slower than float32; a small one tells, and spares the wait for a large one.
     small = flops(96)

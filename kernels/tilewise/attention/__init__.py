@@ -84,7 +84,7 @@ def flash_attention(
 
     A score is scaled, softcapped, given its ALiBi penalty and its bias, and masked, in this order.
     Nothing that is masked matters: it may be NaN without changing an output or a gradient. A
-    query that sees a NaN or an infinity among its keys and values gives NaN.
+    query that is not finite, or sees a key or a value that is not, gives NaN.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), floating point, head_dim <= 576.

@@ -83,8 +83,22 @@ def _attention(
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, sinks, bias)
     ):
+        q, k, v, *cu_seqlens = _distinct(q, k, v, *ragged[:2])
+        ragged = (*cu_seqlens, *ragged[2:])
         return _Attention.apply(q, k, v, sinks, bias, alibi_slopes, options, backend, *ragged)
     return _forward(q, k, v, sinks, bias, alibi_slopes, ragged, options, backend)
+
+
+def _distinct(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with a view for each repetition, as of `cu_seqlens` in self-attention.
+
+    torch.compile does not trace an autograd function that is given one tensor twice.
+    """
+    found: list[torch.Tensor] = []
+    for tensor in tensors:
+        repeated = any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if repeated else tensor)
+    return found
 
 
 def _forward(

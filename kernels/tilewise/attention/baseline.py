@@ -87,7 +87,8 @@ def flash_attention(
     if bias is None and alibi_slopes is None:
         if not _hides(q_len, k_len, causal, window):
             return _sdpa(q, k, v, scale=scale)
-        if q_len == k_len and causal and not _hides(q_len, k_len, False, window):
+        right = 0 if causal else window[1]
+        if q_len == k_len and right == 0 and not _hides(q_len, k_len, False, (window[0], -1)):
             return _sdpa(q, k, v, scale=scale, is_causal=True)
     # `causal_lower_right` would spare the mask for causal calls where q_len < k_len, but
     # torch.compile cannot trace it.

@@ -36,16 +36,10 @@ def check_flash_attention(
     validate: bool = False,
 ) -> None:
     """Raise ValueError or TypeError where `flash_attention` cannot take the arguments."""
-    check_heads(
-        q,
-        k,
-        v,
-        "batch seqlen_q heads head_dim",
-        "batch seqlen_k kv_heads {}",
-        ("batch", "seqlen_k"),
-    )
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k: batch must be q's, {q.shape[0]}, got {k.shape[0]}")
+    check_heads(q, k, v, "batch seqlen_q heads head_dim", "batch seqlen_k kv_heads {}")
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: batch must be q's, {q.shape[0]}, got {x.shape[0]}")
     batch, q_len, heads, _ = q.shape
     check_options(
         q,
@@ -83,7 +77,7 @@ def check_flash_attention_varlen(
     validate: bool = False,
 ) -> None:
     """Raise ValueError or TypeError where `flash_attention_varlen` cannot take the arguments."""
-    check_heads(q, k, v, "tokens_q heads head_dim", "tokens_k kv_heads {}", ("tokens_k",))
+    check_heads(q, k, v, "tokens_q heads head_dim", "tokens_k kv_heads {}")
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if len(cu_seqlens_k) != len(cu_seqlens_q):
@@ -157,7 +151,6 @@ def check_heads(
     v: torch.Tensor,
     q_dims: str,
     kv_dims: str,
-    shared: tuple[str, ...],
 ) -> None:
     """Raise unless q, k and v are of one kind and their heads fit together.
 
@@ -165,7 +158,6 @@ def check_heads(
         q, k, v: (..., heads, head_dim), (..., kv_heads, head_dim), (..., kv_heads, v_head_dim).
         q_dims: the names of q's dimensions.
         kv_dims: those of k and v, with {} for the last.
-        shared: those that k and v share, besides kv_heads.
     """
     checks.has_dtype("q", q, checks.FLOATS)
     checks.has_dims("q", q, q_dims)
@@ -182,7 +174,7 @@ def check_heads(
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"q: heads must be a multiple of k's kv_heads, {kv_heads}, got {heads}")
-    for i, dim in enumerate((*shared, "kv_heads")):
+    for i, dim in ((-3, kv_dims.split()[-3]), (-2, "kv_heads")):
         if v.shape[i] != k.shape[i]:
             raise ValueError(f"v: {dim} must be k's, {k.shape[i]}, got {v.shape[i]}")
 

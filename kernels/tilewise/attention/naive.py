@@ -42,10 +42,11 @@ def attend(
         visible = visible & (bias if bias.dtype == torch.bool else bias != -math.inf)
 
     # 0 x NaN is NaN, so a value that nobody may see must not be multiplied at all, forward or
-    # backward. Non-finite keys and values become 0 here and NaN again for those who see them.
-    q_ = q_.masked_fill(~visible.any(-1, keepdim=True), 0)
-    bad_k, bad_v = (~x.isfinite().all(-1).unsqueeze(-2) for x in (k_, v_))  # (..., heads, 1, keys)
-    k_, v_ = (x.masked_fill(bad.mT, 0) for x, bad in ((k_, bad_k), (v_, bad_v)))
+    # backward. Whatever is not finite becomes 0 here, and NaN again for those who see it.
+    sees_nothing = ~visible.any(-1, keepdim=True)  # (..., queries, 1)
+    bad_q, bad_k, bad_v = (~x.isfinite().all(-1, keepdim=True) for x in (q_, k_, v_))
+    q_ = q_.masked_fill(bad_q | sees_nothing, 0)
+    k_, v_ = k_.masked_fill(bad_k, 0), v_.masked_fill(bad_v, 0)
 
     s = q_ @ k_.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if softcap > 0:
@@ -54,15 +55,16 @@ def attend(
         s = s - alibi_slopes.to(dtype).unsqueeze(-1) * distance.abs().unsqueeze(-3).to(dtype)
     if bias is not None and bias.dtype != torch.bool:
         s = s + bias.to(dtype)
-    s = s.masked_fill(bad_k, math.nan).masked_fill(~visible, -math.inf)
+    s = s.masked_fill(bad_q | bad_k.mT, math.nan).masked_fill(~visible, -math.inf)
 
     # A sink is one more key without a value; without sinks it has weight exp(-inf) = 0.
     sink = s.new_full((1,), -math.inf) if sinks is None else sinks.to(dtype)
     s = torch.cat([s, sink[:, None, None].expand(*s.shape[:-1], 1)], dim=-1)
     p = torch.softmax(s, dim=-1)[..., :-1]
-    p = p.masked_fill(bad_v, math.nan).masked_fill(~visible, 0)  # rows that see nothing too
+    p = p.masked_fill(bad_v.mT, math.nan).masked_fill(~visible, 0)  # rows that see nothing too
     lse = torch.logsumexp(s, dim=-1)
-    return (p @ v_).movedim(-3, -2).to(q.dtype), lse.movedim(-2, -1)
+    out = (p @ v_).masked_fill(sees_nothing, 0)  # 0 already; this is for the gradient coming back
+    return out.movedim(-3, -2).to(q.dtype), lse.movedim(-2, -1)
 
 
 def in_sight(

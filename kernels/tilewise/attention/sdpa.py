@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from tilewise import checks
@@ -57,5 +59,4 @@ def scaled_dot_product_attention(
         k, v = (x[:, : q.shape[1]] for x in (k, v))
         window = (-1, q.shape[1] - k.shape[1])
     out = flash_attention(q, k, v, scale=scale, window=window, bias=attn_mask)
-    assert isinstance(out, torch.Tensor)
-    return out.transpose(1, 2)
+    return cast(torch.Tensor, out).transpose(1, 2)

@@ -151,7 +151,8 @@ def _print_operations(
             continue
         for op, backends in table.items():
             for reason in backends[name]["reasons"]:
-                console.print(f"[dim]{name}, {op}: {reason}[/]", soft_wrap=True)
+                line = f"{name}, {op}: {reason}"
+                console.print(line, style="dim", markup=False, soft_wrap=True)
 
 
 def _has_no_implementation(op: str, backend: str) -> bool:

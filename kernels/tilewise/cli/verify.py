@@ -65,13 +65,15 @@ def run(options: argparse.Namespace) -> int:
             advance(f"{case.op} {backend} {dtype}", steps=0)
             _check(verdicts.setdefault(key, Verdict(*key)), case, device)
             advance()
+    from rich.markup import escape
+
     console = make_console()
     failures = [line for verdict in verdicts.values() for line in verdict.failures or ()]
     _print_verdicts(list(verdicts.values()), console)
     if options.op in (None, "quantized_matmul") and not options.quiet:
         _print_formats(console)
     for line in failures:
-        console.print(f"[red]wrong[/] {line}", soft_wrap=True)
+        console.print("[red]wrong[/]", escape(line), soft_wrap=True)
     checked = sum(verdict.agreed for verdict in verdicts.values())
     console.print(f"{checked} calls agree, {len(failures)} do not")
     return 1 if failures else 0

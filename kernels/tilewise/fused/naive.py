@@ -124,7 +124,7 @@ def sample(
     t = _column(temperature, h)
     h = (h / torch.where(t > 0, t, 1)).nan_to_num(-math.inf, torch.finfo(h.dtype).max, -math.inf)
     # The differences are what counts, and near 0 the noise is not rounded away.
-    h = h - h.amax(-1, keepdim=True).clamp(min=torch.finfo(h.dtype).min)
+    h = h - h.amax(-1, keepdim=True)
     if _is_on(top_k, 0) or _is_on(top_p, 1):
         h = _keep_top(h, _column(top_k, h), _column(top_p, h))
     h = h.masked_fill(h.exp() < _column(min_p, h), -math.inf)  # exp(0) = 1 is the likeliest
@@ -137,7 +137,7 @@ def sample(
             vocabulary,
         )
         h = h + torch.where(t > 0, noise, 0)
-    return h.argmax(-1)  # the first of equals
+    return h.argmax(-1)  # the first of equals, and 0 where nothing was above -inf: all is NaN now
 
 
 def _column(value: float | torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -166,5 +166,5 @@ def _keep_top(h: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torc
     rank = torch.arange(h.shape[-1], device=h.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), -math.inf)
     before = F.pad(ordered.softmax(-1, dtype=torch.float64).cumsum(-1)[:, :-1], (1, 0))
-    ordered = ordered.masked_fill((top_p < 1) & (rank > 0) & (before >= top_p), -math.inf)
+    ordered = ordered.masked_fill((top_p < 1) & (before >= top_p), -math.inf)
     return torch.empty_like(h).scatter(1, order, ordered)

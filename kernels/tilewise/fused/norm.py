@@ -122,24 +122,10 @@ def _cost_layer_norm(
     return Cost(7 * x.numel(), _bytes(x, parameters, residual), torch.float32)
 
 
-def _why_not_auto_layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    residual: torch.Tensor | None = None,
-) -> str | None:
-    wants_gradient = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if wants_gradient and torch.is_grad_enabled() and x.device.type == "cpu":
-        return "the bits of its weight gradient depend on the number of threads"
-    return None
-
-
 _LAYER_NORM = Op(
     "layer_norm",
     naive.layer_norm,
-    impls=(Impl("torch", baseline.layer_norm, why_not_auto=_why_not_auto_layer_norm),),
+    impls=(Impl("torch", baseline.layer_norm),),
     check=_check_layer_norm,
     cost=_cost_layer_norm,
 )

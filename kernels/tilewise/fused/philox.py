@@ -93,10 +93,10 @@ def gumbel(words: torch.Tensor) -> torch.Tensor:
 
 
 def _log(fraction: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """log((1 + fraction) * 2^exponent) for a fraction in [-1/2, 0], within 3 steps at max(1, |log|).
+    """log((1 + fraction) * 2^exponent) for a fraction in [-1/2, 0].
 
     log(1 + d) = 2 atanh(s) with s = d / (2 + d), and atanh(s) = s + s^3/3 + s^5/5 + ...; as
-    |s| <= 1/3, seven terms leave 2e-8.
+    |s| <= 1/3, seven terms leave 2e-8. All of the noise is within 3 rounding steps at max(1, |it|).
     """
     s = fraction / (fraction + 2)
     square = s * s

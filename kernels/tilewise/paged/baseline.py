@@ -53,8 +53,6 @@ def why_not_auto(
     **others: Any,
 ) -> str | None:
     """Keys that only some queries or heads may see, so that they cannot be cleared."""
-    if q.is_cpu:
-        return "how scaled_dot_product_attention adds up depends on the number of CPU threads"
     if bias is not None:
         return "a NaN in a key that the bias hides would reach the output"
     if cu_seqlens_q is not None and (causal or tuple(window) != (-1, -1)):

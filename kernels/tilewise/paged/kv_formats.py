@@ -75,15 +75,14 @@ def encode(
 
     Returns:
         The codes, (..., head_dim) or (..., head_dim / 2) for int4, in `cache_dtype`; and the scales
-        (...). A row of zeros has scale 0. A row with a NaN or an infinity has scale NaN, so that it
-        decodes to NaN throughout: attention treats the two alike.
+        (...). A row of zeros has scale 0. A row with a NaN or an infinity has that for a scale, and
+        codes 0: it decodes to NaN throughout, and attention treats the two alike.
     """
     largest = LARGEST_CODE[cache_dtype]
     x = x.to(scale_dtype)
     scale = x.abs().amax(-1) / largest
-    scale = torch.where(scale.isfinite(), scale, torch.nan)
     divisor = torch.where(scale > 0, scale, 1).unsqueeze(-1)
-    # The clamp is for scales so small that they are inexact.
+    # The clamp is for scales so small that they have few bits left.
     codes = torch.where(scale.isfinite().unsqueeze(-1), x / divisor, 0).clamp(-largest, largest)
     if cache_dtype == torch.float8_e4m3fn:
         return codes.to(cache_dtype), scale

@@ -90,7 +90,7 @@ def queries_of_requests(
     (batch, n), and their positions in its sequence (batch, n).
 
     Only values say which ragged tokens are whose, and shapes must not depend on values: every
-    request gets all the tokens, and sees through those of others.
+    request gets all the tokens, and shows nothing to those of others.
     """
     if cu_seqlens_q is None:
         is_own = torch.ones_like(cache_seqlens, dtype=torch.bool)

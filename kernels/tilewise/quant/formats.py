@@ -257,7 +257,7 @@ class QuantizedTensor:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits, scales and padding included, per weight."""
-        return 8 * self.nbytes / math.prod(self.shape)
+        return 8 * self.nbytes / max(1, math.prod(self.shape))
 
     def __getitem__(self, index: int) -> QuantizedTensor:
         """One of a stack of matrices, without a copy."""

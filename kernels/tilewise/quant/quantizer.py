@@ -55,15 +55,16 @@ def quantize(
         The quantized weight, on weight's device.
 
     Raises:
-        ValueError: for a scheme, group size or search that does not exist, or a weight with fewer
-            than two dimensions or that is not finite.
+        ValueError: for a scheme, group size or search that does not exist, or a weight that is not
+            finite or not a matrix.
 
     Source: the module's docstring; nf4: arXiv:2305.14314; mxfp4: the OCP MX specification 1.0,
         whose conversion rule (section 6.3) is our "minmax".
     """
     checks.has_dtype("weight", weight, checks.FLOATS)
-    if weight.dim() < 2:
-        raise ValueError(f"weight: shape must be (..., N, K), got {tuple(weight.shape)}")
+    if weight.dim() < 2 or weight.shape[-1] == 0:
+        wanted = "(..., N, K) with K > 0"
+        raise ValueError(f"weight: shape must be {wanted}, got {tuple(weight.shape)}")
     if scheme not in SCHEMES:
         raise ValueError(f"scheme: must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     form = FORMATS[scheme]
@@ -81,9 +82,9 @@ def quantize(
     shape = tuple(weight.shape)
     stored = form.padded(shape[-1], group_size)
     size = stored if group_size == PER_CHANNEL else group_size
-    groups = F.pad(weight, (0, stored - shape[-1])).reshape(-1, max(size, 1))
+    groups = F.pad(weight, (0, stored - shape[-1])).reshape(-1, size)
     rounder = _Rounder(form, symmetric, _scale_dtype(form, group_size, groups))
-    chunks = [rounder.fit(chunk, search) for chunk in groups.split(max(1, _CHUNK // max(size, 1)))]
+    chunks = [rounder.fit(chunk, search) for chunk in groups.split(max(1, _CHUNK // size))]
     codes, scales, zeros = (torch.cat(parts) for parts in zip(*chunks, strict=True))
 
     codes = codes.reshape(*shape[:-1], stored)
@@ -108,6 +109,8 @@ def _scale_dtype(form: Format, group_size: int, groups: torch.Tensor) -> torch.d
         return torch.uint8
     if group_size == PER_CHANNEL:
         return torch.float32
+    if groups.numel() == 0:
+        return torch.float16
     largest = _Rounder(form, True, torch.float32).minmax(groups)[0].abs().amax()
     half = torch.finfo(torch.float16)
     fits = largest == 0 or half.smallest_normal <= largest <= half.max / 2

@@ -1,0 +1,313 @@
+"""The product with a quantized weight: order, gradients, int8 activations, PyTorch's kernels."""
+
+import gc
+import re
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tilewise
+from tilewise import BackendError, quantized_matmul
+from tilewise.quant import QuantizedTensor, baseline, naive, quantize
+from tilewise.quant.cases import gguf_weight
+from tilewise.testing import Inputs, assert_agrees
+
+
+def weight_of(n=16, k=64, scheme="int4", seed=0, **options):
+    weight = Inputs(torch.float32, seed=seed).randn(n, k)
+    return quantize(weight, scheme, search="minmax", **options)
+
+
+def numpy_int8(x, size):
+    """The definition once more, element by element."""
+    result = np.empty_like(x)
+    for row in range(x.shape[0]):
+        for start in range(0, x.shape[1], size):
+            group = x[row, start : start + size]
+            scale = np.float32(np.abs(group).max()) / np.float32(127)
+            for i, value in enumerate(group):
+                code = np.rint(value / scale) if scale else np.float32(0)
+                result[row, start + i] = np.clip(code, -127, 127).astype(np.float32) * scale
+    return result
+
+
+# --- the definition -------------------------------------------------------------------------------
+
+
+def test_the_order_is_weight_adapter_bias_activation_residual():
+    inputs, weight = Inputs(torch.float64), weight_of()
+    x, bias, residual = inputs.randn(3, 64), inputs.randn(16), inputs.randn(3, 8)
+    a, b = inputs.randn(64, 2), inputs.randn(2, 16)
+    y = x @ weight.dequantize(torch.float64).T + x @ a @ b + bias
+    expected = F.silu(y[:, :8]) * y[:, 8:] + residual
+    actual = quantized_matmul(
+        x, weight, bias, activation="swiglu", residual=residual, adapter=(a, b)
+    )
+    assert_agrees(actual, expected, expected)
+
+
+def test_low_precision_is_rounded_once():
+    inputs, weight = Inputs(torch.float16), weight_of()
+    x, bias, residual = inputs.randn(3, 64), inputs.randn(16), inputs.randn(3, 16)
+    options = {"bias": bias, "activation": "gelu", "residual": residual}
+    widened = {key: t.float() if isinstance(t, torch.Tensor) else t for key, t in options.items()}
+    expected = quantized_matmul(x.float(), weight, **widened).half()
+    assert torch.equal(quantized_matmul(x, weight, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("activation", "fn"),
+    [
+        ("gelu", lambda y: 0.5 * y * (1 + torch.erf(y / 2**0.5))),
+        (
+            "gelu_tanh",
+            lambda y: 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3))),
+        ),
+        ("silu", lambda y: y / (1 + torch.exp(-y))),
+    ],
+)
+def test_activations_by_their_formulas(activation, fn):
+    x, weight = Inputs(torch.float64).randn(5, 64), weight_of()
+    expected = fn(x @ weight.dequantize(torch.float64).T)
+    assert_agrees(quantized_matmul(x, weight, activation=activation), expected, expected)
+
+
+@pytest.mark.parametrize("act", [None, "int8"])
+def test_gradients_of_everything_but_the_weight(act):
+    inputs = Inputs(torch.float64)
+    weight = weight_of(6, 32, group_size=32)
+    x, *others = (
+        inputs.randn(*shape).requires_grad_() for shape in ((2, 32), (6,), (2, 3), (32, 2), (2, 6))
+    )
+
+    def call(x, bias, residual, a, b):
+        options = {"residual": residual, "adapter": (a, b), "act": act}
+        return quantized_matmul(x, weight, bias, activation="swiglu", **options)
+
+    if act is None:
+        assert torch.autograd.gradcheck(call, (x, *others))
+    else:  # rounding x has no derivative to compare with
+        assert torch.autograd.gradcheck(lambda *others: call(x.detach(), *others), others)
+
+
+# --- int8 activations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 64, -1])
+def test_activations_are_rounded_as_defined(size):
+    x = Inputs(torch.float32).randn(4, 80)
+    x[0] = 0
+    x[1, :5] *= 1e-40  # subnormal
+    x[2, 32:64] *= 1e-42
+    expected = numpy_int8(x.numpy(), 80 if size < 0 else size)
+    assert np.array_equal(naive.fake_quantize(x, size).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: weight_of(16, 64, "int8"), 64),
+        (lambda: weight_of(16, 64, "int4", group_size=32), 32),
+        (lambda: weight_of(16, 64, "int4", group_size=64), 64),
+        (lambda: weight_of(16, 64, "mxfp4"), 32),
+        (lambda: gguf_weight(Inputs(), "Q6_K", 16, 256), 32),
+    ],
+)
+def test_int8_activations_share_a_scale_as_the_weight_does(make, size):
+    weight = make()
+    x = Inputs(torch.float32).randn(4, weight.shape[1])
+    rounded = torch.from_numpy(numpy_int8(x.numpy(), size))
+    expected = quantized_matmul(rounded, weight)
+    assert torch.equal(quantized_matmul(x, weight, act="int8"), expected)
+
+
+def test_int8_activations_leave_the_adapter_alone():
+    inputs, weight = Inputs(torch.float64), weight_of()
+    x, a, b = inputs.randn(3, 64), inputs.randn(64, 2), inputs.randn(2, 16)
+    plain = quantized_matmul(x, weight, act="int8")
+    expected = plain + x @ a @ b
+    assert_agrees(quantized_matmul(x, weight, adapter=(a, b), act="int8"), expected, expected)
+
+
+def test_the_gradient_passes_straight_through_the_rounding():
+    weight = weight_of()
+    x = Inputs(torch.float32).randn(3, 64).requires_grad_()
+    (expected,) = torch.autograd.grad(quantized_matmul(x, weight).sum(), x)
+    (actual,) = torch.autograd.grad(quantized_matmul(x, weight, act="int8").sum(), x)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_spoils_its_group_only(bad):
+    x = torch.ones(2, 64)
+    x[0, 3] = bad
+    rounded = naive.fake_quantize(x, 32)
+    assert rounded[0, :32].isnan().all()
+    assert torch.equal(rounded[0, 32:], torch.ones(32))
+    assert torch.equal(rounded[1], torch.ones(64))
+
+
+# --- PyTorch's kernels ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "act", "reason"),
+    [
+        (torch.float32, {}, None, "PyTorch's kernels are vectorized for bfloat16 only"),
+        (torch.bfloat16, {}, "int8", "PyTorch's kernels take no quantized activations"),
+        (torch.bfloat16, {"scheme": "nf4"}, None, "PyTorch has no kernel for nf4"),
+        (
+            torch.bfloat16,
+            {"scheme": "int8"},
+            None,
+            "PyTorch's int8 kernel takes symmetric per-channel weights only",
+        ),
+        (
+            torch.bfloat16,
+            {"scheme": "int8", "symmetric": True, "k": 63},
+            None,
+            "PyTorch's int8 kernel needs K to be a multiple of 16, got 63",
+        ),
+        (
+            torch.bfloat16,
+            {"group_size": -1},
+            None,
+            "PyTorch's int4 kernel takes groups only, not a scale per channel",
+        ),
+        (torch.bfloat16, {"n": 15}, None, "multiple of 16 and K of the group size, got N 15"),
+    ],
+)
+def test_the_torch_backend_says_why_not(x, weight, act, reason):
+    weight = weight_of(**weight)
+    x = torch.ones(2, weight.shape[1], dtype=x)
+    with pytest.raises(BackendError, match=re.escape(reason)):
+        quantized_matmul(x, weight, act=act, backend="torch")
+
+
+def bfloat16_agrees(x, weight):
+    actual = quantized_matmul(x, weight, backend="torch")
+    naive_result = quantized_matmul(x, weight, backend="naive")
+    assert_agrees(actual, naive_result, quantized_matmul(x.double(), weight, backend="naive"))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_misaligned_tensors_do_not_reach_the_vector_loads(scheme):
+    """PyTorch's int8 kernel segfaults on them."""
+    weight = weight_of(scheme=scheme, symmetric=True)
+    data = torch.empty(weight.data.numel() + 1, dtype=weight.data.dtype)[1:]
+    data = data.view(weight.data.shape).copy_(weight.data)
+    moved = QuantizedTensor(weight.format, weight.shape, weight.group_size, data, weight.scales)
+    x = torch.ones(3 * 64 + 1, dtype=torch.bfloat16)[1:].view(3, 64)
+    bfloat16_agrees(x, moved)
+
+
+def test_a_weight_is_repacked_once_and_again_after_a_change():
+    weight = weight_of(symmetric=True)
+    x = Inputs(torch.bfloat16).randn(3, 64)
+    bfloat16_agrees(x, weight)
+    packed = baseline._int4_packed(weight)[0]
+    assert baseline._int4_packed(weight)[0] is packed
+    weight.data.copy_(weight_of(symmetric=True, seed=1).data)
+    assert baseline._int4_packed(weight)[0] is not packed
+    bfloat16_agrees(x, weight)
+
+
+def test_repacking_does_not_keep_a_weight_alive():
+    weight = weight_of(symmetric=True)
+    quantized_matmul(torch.ones(1, 64, dtype=torch.bfloat16), weight, backend="torch")
+    watched = weakref.ref(weight.data)
+    del weight
+    gc.collect()
+    assert watched() is None
+
+
+def test_repacking_works_in_inference_mode():
+    with torch.inference_mode():
+        bfloat16_agrees(Inputs(torch.bfloat16).randn(3, 64), weight_of(symmetric=True))
+
+
+# --- errors and cost ------------------------------------------------------------------------------
+
+ONE = torch.ones(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x: must be a torch.Tensor, got list"),
+        ({"x": ONE.int()}, ValueError, "x: dtype must be float32 or float16 or bfloat16 or"),
+        ({"x": ONE[:, :63]}, ValueError, "x: shape must be (..., 64), weight's K, got (2, 63)"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x: shape must be (..., 64), weight's K, got ()"),
+        ({"weight": ONE}, TypeError, "weight: must be a QuantizedTensor, got Tensor"),
+        (
+            {"weight": quantize(torch.ones(3, 16, 64))},
+            ValueError,
+            "weight: shape must be (N, K), got (3, 16, 64)",
+        ),
+        (
+            {"weight": weight_of().to("meta")},
+            ValueError,
+            "weight: must be on the device of x (cpu), got meta",
+        ),
+        (
+            {"bias": torch.ones(15)},
+            ValueError,
+            "bias: shape must be (16,) (weight's N), got (15,)",
+        ),
+        ({"bias": torch.ones(16).half()}, ValueError, "bias: dtype must be x's, float32, got"),
+        (
+            {"activation": "relu"},
+            ValueError,
+            "activation: must be None or one of gelu, gelu_tanh, silu, swiglu, got 'relu'",
+        ),
+        (
+            {"activation": "swiglu", "weight": weight_of(15)},
+            ValueError,
+            "weight: swiglu needs an even number of rows, got 15",
+        ),
+        (
+            {"activation": "swiglu", "residual": torch.ones(2, 16)},
+            ValueError,
+            "residual: shape must be (2, 8) (the output's shape), got (2, 16)",
+        ),
+        ({"act": "int4"}, ValueError, "act: must be None or 'int8', got 'int4'"),
+        ({"adapter": ONE}, TypeError, "adapter: must be a pair of tensors (K, r) and (r, N)"),
+        (
+            {"adapter": (torch.ones(63, 2), torch.ones(2, 16))},
+            ValueError,
+            "adapter[0]: shape must be (64, 2) (weight's K and the rank), got (63, 2)",
+        ),
+        (
+            {"adapter": (torch.ones(64, 2), torch.ones(3, 16))},
+            ValueError,
+            "adapter[1]: shape must be (2, 16) (the rank and weight's N), got (3, 16)",
+        ),
+        (
+            {"adapter": (torch.ones(64), torch.ones(3, 16))},
+            ValueError,
+            "adapter[0]: shape must be (K, rank), got (64,)",
+        ),
+    ],
+)
+def test_the_bad_argument_is_named(change, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        quantized_matmul(**({"x": ONE, "weight": weight_of()} | change))
+
+
+def test_validate_finds_a_weight_that_is_not_finite():
+    weight = weight_of()
+    weight.scales[7, 0] = float("inf")
+    quantized_matmul(ONE, weight)
+    with pytest.raises(ValueError, match="weight: row 7 holds a number that is not finite"):
+        quantized_matmul(ONE, weight, validate=True)
+
+
+def test_the_cost_counts_the_stored_bytes():
+    weight = weight_of(16, 64, group_size=32)
+    cost = tilewise.explain("quantized_matmul", torch.ones(3, 64).half(), weight).cost
+    assert cost.flops == 2 * 3 * 16 * 64
+    assert cost.bytes == weight.nbytes + 2 * (3 * 64 + 3 * 16)
+    assert cost.dtype == torch.float16
