@@ -35,11 +35,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# PYTHONSAFEPATH: `python -m pytest` would put this folder, and with it `kernels/`, on the path.
+gpu: export PYTHONSAFEPATH = 1
 gpu:
 	@$(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
 	  || { echo "make gpu: $(PYTHON) sees no GPU, so nothing was run"; exit 1; }
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m pytest benchmarks -m gpu
+	$(PYTHON) -m pytest tests -m gpu
+	@name=$$($(PYTHON) -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))"); \
+	result=benchmarks/results/$$name-$$(date +%F); set -ex; \
+	$(PYTHON) -m pytest benchmarks -m gpu --benchmark-json=$$result.json; \
+	$(PYTHON) benchmarks/report.py $$result.json --markdown > $$result.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tilewise.benchmarks.host import host, versions
+from tilewise.benchmarks.host import devices, host, versions
 from tilewise.benchmarks.measure import MAX_ROUNDS, Bench, Row, clock
 from tilewise.benchmarks.report import Report, print_report
 from tilewise.benchmarks.tokens import TokenRate
@@ -21,7 +20,6 @@ from tilewise.benchmarks.workloads import Workload, all_workloads
 from tilewise.dispatch import OPS
 
 _NOT_RUN = pytest.StashKey[list[Row]]()
-_DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @functools.cache
 def _workloads() -> dict[str, Workload]:
-    return {workload.id: workload for device in _DEVICES for workload in all_workloads(device)}
+    return {workload.id: workload for device in devices() for workload in all_workloads(device)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -114,7 +112,7 @@ def _rounds(config: pytest.Config, round_seconds: float) -> int:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["tilewise"] = host(_DEVICES[-1])
+    machine_info["tilewise"] = host(devices()[-1])
 
 
 def pytest_benchmark_update_json(
@@ -134,4 +132,4 @@ def pytest_terminal_summary(
 
         terminalreporter.section("benchmarks")
         rows += config.stash[_NOT_RUN]
-        print_report(Report(host(_DEVICES[-1]), rows, model), make_console())
+        print_report(Report(host(devices()[-1]), rows, model), make_console())

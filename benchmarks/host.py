@@ -13,6 +13,11 @@ import tilewise
 from tilewise import machine, native
 
 
+def devices() -> tuple[str, ...]:
+    """The devices that PyTorch can use here."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
 def versions() -> dict[str, str]:
     """The versions that decide how fast and how exact a result is."""
     found = {

@@ -29,7 +29,7 @@ from tilewise.testing import (
     to_float64,
 )
 
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
 MAX_ROUNDS = 500
 _WRONG = "does not agree: "
 

@@ -98,14 +98,19 @@ def duration(seconds: float) -> str:
 
 
 def rate(row: Row) -> str:
-    """What the ceiling limits: TFLOP/s (GFLOP/s below one tenth) or GB/s."""
+    """What the ceiling limits: arithmetic or traffic."""
     if row.tflops is None or row.gbytes_per_second is None:
         return ""
     if not row.compute_bound:
         return f"{_three_digits(row.gbytes_per_second)} GB/s"
-    if row.tflops < 0.1:
-        return f"{_three_digits(row.tflops * 1e3)} GFLOP/s"
-    return f"{_three_digits(row.tflops)} TFLOP/s"
+    return flops(row.tflops * 1e12)
+
+
+def flops(per_second: float) -> str:
+    """FLOP/s to three digits with a unit."""
+    if per_second < 0.1e12:
+        return f"{_three_digits(per_second / 1e9)} GFLOP/s"
+    return f"{_three_digits(per_second / 1e12)} TFLOP/s"
 
 
 def _three_digits(number: float) -> str:
@@ -186,12 +191,13 @@ def operations_table(rows: Iterable[Row], console: Console) -> Table:
     for heading in ("time", "rate", "of ceiling", "vs naive", "vs torch", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for op, workloads in groupby(by_workload(rows), lambda group: group[0]):
+        if table.row_count:
+            table.add_row()
         table.add_row(f"[bold]{op}[/]")
         for _, workload, dtype, results in workloads:
             table.add_row(f" {title(workload, dtype)}")
             for row in results:
                 table.add_row(f"  [dim]{row.backend}[/]", *_cells(row))
-        table.add_row()
     return table
 
 
@@ -203,8 +209,9 @@ def title(workload: str, dtype: str) -> str:
 def _cells(row: Row) -> list[str]:
     if row.seconds is None:
         return ["[red]wrong[/]" if row.disagrees else "[dim]did not run[/]"]
-    over = (ratio(row.over_naive), ratio(row.over_torch))
-    return [duration(row.seconds), rate(row), percent(row), *over, error(row)]
+    over_naive = "" if row.backend == "naive" else ratio(row.over_naive)
+    over_torch = "" if row.backend == "torch" else ratio(row.over_torch)
+    return [duration(row.seconds), rate(row), percent(row), over_naive, over_torch, error(row)]
 
 
 def refusals(rows: Iterable[Row]) -> list[str]:

@@ -8,17 +8,21 @@ Source: Williams, Waterman and Patterson, Roofline, CACM 2009 (doi:10.1145/14987
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tilewise.benchmarks.host import ceilings_of
-from tilewise.benchmarks.report import Report, by_workload, title
+from tilewise.benchmarks.report import Report, by_workload, flops, title
 from tilewise.dispatch import BACKENDS
 from tilewise.machine import Ceilings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = dict(zip(BACKENDS, ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
@@ -56,41 +60,50 @@ def draw(report: Report) -> Figure:
 
     intensities = [rows[0].flops / rows[0].bytes for *_, rows in groups] or [1.0]
     dtypes = {row.dtype for *_, rows in groups for row in rows} or {"float32"}
-    ceilings = ceilings_of(report.host)
-    _draw_ceilings(axes, ceilings, dtypes, min(intensities) / 3, max(intensities) * 3)
     _draw_points(axes, groups)
     _draw_key(key, groups)
+    ceilings = ceilings_of(report.host)
+    _draw_ceilings(axes, ceilings, dtypes, min(intensities) / 3, max(intensities) * 3)
     return figure
 
 
 def _draw_ceilings(
     axes: Axes, ceilings: Ceilings, dtypes: set[str], left: float, right: float
 ) -> None:
-    tops = {name: rate for name, rate in ceilings.flops.items() if name in dtypes}
-    highest = max(tops.values(), default=ceilings.flops["float32"])
+    tops: dict[float, list[str]] = {}
+    for name in sorted(dtypes):
+        tops.setdefault(ceilings.flops_of(getattr(torch, name)), []).append(name)
+    bandwidths: dict[float, list[str]] = {}
     for size, bandwidth in ceilings.read_bandwidth.items():
-        end = min(right, highest / bandwidth)
-        axes.plot([left, end], [left * bandwidth, end * bandwidth], color="#444444", linewidth=1)
-        axes.annotate(
-            f"{size // 2**20} MiB: {bandwidth / 1e9:.3g} GB/s",
-            (left, left * bandwidth),
-            xytext=(4, 6),
-            textcoords="offset points",
-            fontsize=7,
-            color="#444444",
-        )
-    start = min(highest / bandwidth for bandwidth in ceilings.read_bandwidth.values())
-    for name, top in tops.items():
-        axes.plot([min(start, right / 10), right], [top, top], color="#444444", linewidth=1)
-        axes.annotate(
-            f"{name}: {top / 1e12:.3g} TFLOP/s",
-            (right, top),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-            color="#444444",
-        )
+        bandwidths.setdefault(bandwidth, []).append(f"{size // 2**20} MiB")
+    slopes = {}
+    for bandwidth, sizes in bandwidths.items():
+        end = min(right, max(tops) / bandwidth)
+        (line,) = axes.plot([left, end], [left * bandwidth, end * bandwidth], **_LINE)
+        slopes[f"{', '.join(sizes)}: {bandwidth / 1e9:.3g} GB/s"] = line
+    start = max(tops) / max(ceilings.read_bandwidth.values())
+    for top, names in tops.items():
+        axes.plot([min(start, right / 10), right], [top, top], **_LINE)
+        axes.annotate(f"{', '.join(names)}: {flops(top)}", (right, top), ha="right", **_LABEL)
+    axes.figure.draw_without_rendering()  # lays the axes out, so that labels can follow lines
+    for label, line in slopes.items():
+        axes.annotate(label, line.get_xydata()[0], rotation=_angle(line), **_LABEL)
+
+
+_LINE: dict[str, Any] = {"color": "#444444", "linewidth": 1}
+_LABEL: dict[str, Any] = {
+    "xytext": (0, 3),
+    "textcoords": "offset points",
+    "rotation_mode": "anchor",
+    "fontsize": 7,
+    "color": "#444444",
+}
+
+
+def _angle(line: Line2D) -> float:
+    """The slope of a straight line on the page, in degrees."""
+    (x0, y0), (x1, y1) = line.axes.transData.transform(line.get_xydata())
+    return math.degrees(math.atan2(y1 - y0, x1 - x0))
 
 
 def _draw_points(axes: Axes, groups: list[tuple[Any, ...]]) -> None:

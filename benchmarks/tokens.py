@@ -65,7 +65,7 @@ def check(model: LanguageModel, backend: str, *, tokens: int = 3) -> None:
     """Hold the model on `backend` to the greedy text of the model on the definition.
 
     Raises:
-        AssertionError: where the texts part and the two tokens there are not all but equally likely.
+        AssertionError: where the texts part, unless at two all but equally likely tokens.
     """
     from tilewise.model import greedy_tokens_agree
 

@@ -243,10 +243,13 @@ def every_output(step: int) -> Part:
 
     def reduce(arguments: dict[str, Any]) -> dict[str, Any]:
         weight = arguments["weight"]
-        parts = (weight.data, weight.scales, weight.zeros)
-        data, scales, zeros = (None if part is None else part[::step] for part in parts)
-        shape = (len(data), weight.shape[-1])
-        some = replace(weight, shape=shape, data=data, scales=scales, zeros=zeros)
+        some = replace(
+            weight,
+            shape=(-(-weight.shape[0] // step), weight.shape[1]),
+            data=weight.data[::step],
+            scales=weight.scales[::step],
+            zeros=None if weight.zeros is None else weight.zeros[::step],
+        )
         return arguments | {"weight": some}
 
     return Part(reduce, lambda result: result[..., ::step])
@@ -325,14 +328,9 @@ def sampling(model: GPTConfig, batch: int, **options: Any) -> Make:
 # --- the tables -----------------------------------------------------------------------------------
 
 _MIXED_LENGTHS = (17, 64, 200, 33, 128, 70)
+_PER_CHANNEL: dict[str, Any] = {"group_size": -1, "symmetric": True}
 _GRANITE_MOE = {"dim": 1024, "ffn_dim": 512, "count": 32, "top_k": 8}  # Granite 3.0 1B-A400M
 _OLMOE = {"dim": 2048, "ffn_dim": 1024, "count": 64, "top_k": 8}  # OLMoE 1B-7B
-
-
-def cpu_dtypes() -> tuple[torch.dtype, ...]:
-    """float32, and bfloat16 where the processor multiplies it."""
-    multiplies_bfloat16 = {"avx512_bf16", "amx_bf16"} & native.cpu_flags()
-    return (torch.float32, torch.bfloat16) if multiplies_bfloat16 else (torch.float32,)
 
 
 def _on_cpu(dtype: torch.dtype) -> list[Workload]:
@@ -382,7 +380,7 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload(
             "quantized_matmul",
             "Llama-3-8B decode 4096 x 4096, int8",
-            quantized(1, 4096, 4096, "int8"),
+            quantized(1, 4096, 4096, "int8", **_PER_CHANNEL),
             part=outputs,
         ),
         workload(
@@ -462,11 +460,11 @@ def _on_gpu(dtype: torch.dtype) -> list[Workload]:
             workload(
                 "quantized_matmul",
                 f"Llama-3-8B {tokens} x 4096 x 14336, {scheme}",
-                quantized(tokens, 4096, 14336, scheme),
+                quantized(tokens, 4096, 14336, scheme, **options),
                 part=rows,
             )
             for tokens in (1, 16, 64, 4096)
-            for scheme in ("int4", "int8")
+            for scheme, options in (("int4", {}), ("int8", _PER_CHANNEL))
         ),
         workload(
             "rms_norm", "Llama-3-8B prefill 8192, residual", norm(8192, LLAMA3.dim, residual=True)
@@ -482,7 +480,17 @@ def _on_gpu(dtype: torch.dtype) -> list[Workload]:
 
 
 def all_workloads(device: str = "cpu") -> list[Workload]:
-    """Every workload for "cpu" or "cuda", operation by operation."""
+    """Every workload for "cpu" or "cuda".
+
+    On the CPU in float32, and in bfloat16 where the processor multiplies it: elsewhere that takes
+    forever, but for quantized weights, which PyTorch's own kernels take with bfloat16 alone.
+    """
     if device == "cuda":
         return _on_gpu(torch.bfloat16)
-    return [workload for dtype in cpu_dtypes() for workload in _on_cpu(dtype)]
+    multiplies_bfloat16 = bool({"avx512_bf16", "amx_bf16"} & native.cpu_flags())
+    narrow = [
+        workload
+        for workload in _on_cpu(torch.bfloat16)
+        if multiplies_bfloat16 or workload.op == "quantized_matmul"
+    ]
+    return _on_cpu(torch.float32) + narrow

@@ -12,8 +12,10 @@ import torch
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
-# The tensors are small: `pytest -n auto` runs one test per core, each on a single thread.
+# The tensors are small: `pytest -n auto` runs one test per core, each on a single thread, and so
+# the programs that tests start. Threads that outnumber the cores wait for each other all the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 

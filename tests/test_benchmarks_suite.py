@@ -1,6 +1,7 @@
 """`pytest benchmarks`: groups of rivals, checked, with everything in the JSON."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,52 @@ from tilewise.benchmarks import report as reports
 ROOT = Path(__file__).parents[1]
 
 
+def run_benchmarks(path, *options, **environment):
+    """Time a few benchmarks briefly; the JSON goes to `path`."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
+    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=3"]
+    return subprocess.run(
+        [*command, f"--benchmark-json={path}", *options],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The result of timing one workload, and the JSON."""
+    """What is printed, and the JSON."""
     path = tmp_path_factory.mktemp("benchmarks") / "r.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", "rms_norm and SmolLM2 or sample and top-p", f"--benchmark-json={path}"]
-    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_benchmarks(path, "-k", "rms_norm and SmolLM2 or sample and top-p")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, path
+
+
+WRONG_BACKEND = """
+from tilewise.dispatch import OPS, Impl
+from tilewise.fused import naive
+
+def wrong(x, weight, eps=1e-6, *, residual=None):
+    return naive.rms_norm(x, weight * 1.001, eps, residual=residual)
+
+OPS["rms_norm"].impls = (Impl("cuda", wrong), *OPS["rms_norm"].impls)
+"""
+
+
+def test_a_wrong_kernel_fails_and_leaves_no_time(tmp_path):
+    (tmp_path / "wrong_backend.py").write_text(WRONG_BACKEND)
+    path = tmp_path / "r.json"
+    options = ("-p", "wrong_backend", "-k", "rms_norm and SmolLM2")
+    done = run_benchmarks(path, *options, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "AssertionError: cuda output: row" in done.stdout
+    timed = [
+        benchmark["extra_info"]["backend"]
+        for benchmark in json.loads(path.read_text())["benchmarks"]
+    ]
+    assert timed == ["naive", "torch"]
 
 
 def test_rivals_are_in_one_group(run):

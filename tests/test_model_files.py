@@ -147,20 +147,59 @@ def test_truncated_gguf_files(gguf_file, tmp_path):
         assert load_or_refuse(path) == "refused"
 
 
+def offset_of_tensor(data, tensor):
+    """Where the header says where a tensor is."""
+    name = tensor.name.encode()
+    at = data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+    return at + 4 + 8 * len(tensor.shape) + 4  # dimensions, sizes, type
+
+
 def test_tensors_that_share_their_bytes(gguf_file, tmp_path):
     """A small file could stand for any number of large tensors."""
     data, start = bytearray(gguf_file.read_bytes()), header_size(gguf_file)
-    largest = 0
-    for tensor in gguf.GGUFReader(gguf_file).tensors:
-        name = tensor.name.encode()
-        at = data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
-        at += 4 + 8 * len(tensor.shape) + 4  # dimensions, sizes, type
+    tensors = gguf.GGUFReader(gguf_file).tensors
+    for tensor in tensors:
+        at = offset_of_tensor(data, tensor)
         assert int.from_bytes(data[at : at + 8], "little") == tensor.data_offset - start
         data[at : at + 8] = bytes(8)
-        largest = max(largest, tensor.n_bytes)
     path = tmp_path / "overlapping.gguf"
-    path.write_bytes(data[: start + largest])
+    path.write_bytes(data[: start + max(tensor.n_bytes for tensor in tensors)])
     assert load_or_refuse(path) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data, at: data.replace(b"GGUF\3", b"GGUF\4"), "GGUF version must be 2 or 3, got 4"),
+        (
+            lambda data, at: data.replace(b"llama.context_length", b"tokenizer.ggml.model"),
+            "the key 'tokenizer.ggml.model' occurs twice",
+        ),
+        (
+            lambda data, at: data.replace(b"blk.0.attn_k.weight", b"blk.0.attn_q.weight"),
+            "the tensor 'blk.0.attn_q.weight' occurs twice",
+        ),
+        (
+            lambda data, at: data.replace(
+                b"block_count\4\0\0\0\2\0", b"block_count\4\0\0\0\xff\xff"
+            ),
+            "65535 layers cannot be in 20 tensors",
+        ),
+        (lambda data, at: data[: at - 12] + bytes(8) + data[at - 4 :], "has shape (0,)"),
+        (lambda data, at: data[: at - 4] + b"\xc8" + data[at - 3 :], "has the unknown type 200"),
+        (
+            lambda data, at: data[:at] + b"\x08" + data[at + 1 :],
+            "'output_norm.weight' is not align",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_gguf_header_is_named(change, message, gguf_file, tmp_path):
+    data = gguf_file.read_bytes()
+    tensor = next(t for t in gguf.GGUFReader(gguf_file).tensors if t.name == "output_norm.weight")
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(change(data, offset_of_tensor(data, tensor)))
+    with pytest.raises(ModelError, match=re.escape(message)):
+        tilewise.model.load(path)
 
 
 def test_flipped_bytes_in_a_safetensors_header(copied):
@@ -231,6 +270,7 @@ def test_a_mixture_of_experts_stays_quantized(tmp_path):
     assert (experts.gate_up.dequantize() - expected).abs().max() < 0.01
     assert len(lm.generate("hello", 4, ignore_eos=True).token_ids) == 4
     assert lm.gpt.double().blocks[0].ffn.gate_up.format == "Q8_0"
+    assert lm.gpt.to("meta").blocks[0].ffn.gate_up.device.type == "meta"
 
 
 def test_a_folder_brings_tokenizer_template_and_ends(copied):

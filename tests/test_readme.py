@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tilewise.dispatch import OPS
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -14,7 +16,7 @@ def _example(code: str) -> object:
     return pytest.param(code, marks=pytest.mark.model if needs_model else ())
 
 
-@pytest.mark.parametrize("code", map(_example, EXAMPLES), ids=range(len(EXAMPLES)))
+@pytest.mark.parametrize("code", [_example(code) for code in EXAMPLES])
 def test_example_runs(code, run_python):
     run_python(code)
 
@@ -26,3 +28,18 @@ def test_there_is_an_example_for_every_user():
 def test_links_point_to_files():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).resolve().parents[1] / target).exists(), target
+
+
+def test_the_matrix_is_what_is_registered():
+    rows = re.findall(r"^\| (`.*)\|$", README, re.MULTILINE)
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    table = {
+        op: ["yes" in cell for cell in row[1:6]]
+        for row in cells
+        if len(row) == 7
+        for op in re.findall(r"`(\w+)`", row[0])
+    }
+    columns = ("naive", "torch", "cpu", "triton", "cuda")
+    assert table == {
+        name: [backend in op.backends for backend in columns] for name, op in OPS.items()
+    }

@@ -17,9 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tilewise.cli.console import (
+    UserError,
+    add_device,
+    device_of,
+    load_model,
+    make_console,
+    progress,
+)
 from tilewise.dispatch import BACKENDS, OPS, use_backend
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from tilewise.benchmarks.measure import Row
@@ -64,13 +73,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tilewise.demo", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline")
-    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="longest answer")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="of an answer, at most")
+    add_device(parser)
     options = parser.parse_args(argv)
-    from tilewise.cli.console import UserError, load_model, make_console
-
     console = make_console()
     try:
-        model = load_model("smollm2")
+        model = load_model("smollm2", device=device_of(options))
     except UserError as error:
         print(f"tilewise.demo: {error}", file=sys.stderr)
         return 2
@@ -84,7 +92,8 @@ def run(model: LanguageModel, console: Console, options: argparse.Namespace) -> 
     from tilewise.benchmarks.report import Report, print_report
 
     started = time.perf_counter()
-    machine = host()
+    device = model.gpt.device.type
+    machine = host(device)
     _print_machine(machine, console)
 
     _heading(console, f"{model.name} answers")
@@ -95,7 +104,7 @@ def run(model: LanguageModel, console: Console, options: argparse.Namespace) -> 
     console.print(_speed_table(answers, console))
 
     _heading(console, "Every operation on every backend")
-    rows = list(measure_operations(console))
+    rows = list(measure_operations(console, device))
     report = Report(machine, rows, [])
     print_report(report, console)
     for line in missing_backends():
@@ -182,22 +191,21 @@ def _speed_table(answers: Sequence[Answer], console: Console) -> Any:
 # --- the operations -------------------------------------------------------------------------------
 
 
-def demo_workloads() -> list[Workload]:
-    """The first workload of each operation."""
+def demo_workloads(device: str) -> list[Workload]:
+    """The first workload of each operation and dtype."""
     from tilewise.benchmarks.workloads import all_workloads
 
-    first: dict[str, Workload] = {}
-    for workload in all_workloads():
-        first.setdefault(workload.op, workload)
+    first: dict[tuple[str, torch.dtype], Workload] = {}
+    for workload in all_workloads(device):
+        first.setdefault((workload.op, workload.dtype), workload)
     return list(first.values())
 
 
-def measure_operations(console: Console) -> Iterator[Row]:
+def measure_operations(console: Console, device: str) -> Iterator[Row]:
     """Check and time every operation on every backend that it has."""
     from tilewise.benchmarks.measure import compare
-    from tilewise.cli.console import progress
 
-    workloads = demo_workloads()
+    workloads = demo_workloads(device)
     with progress("", len(workloads), quiet=not console.is_terminal) as advance:
         for workload in workloads:
             advance(f"{workload.op}: {workload.name}", steps=0)
@@ -206,15 +214,18 @@ def measure_operations(console: Console) -> Iterator[Row]:
 
 
 def missing_backends() -> list[str]:
-    """One line per backend that some operation has no implementation for."""
-    lines = []
+    """What did not run because nobody has written it, one line for each set of operations."""
+    missing: dict[tuple[str, ...], list[str]] = {}
     for backend in BACKENDS:
-        missing = [name for name, op in OPS.items() if backend not in op.backends]
-        if len(missing) == len(OPS):
-            lines.append(f"{backend} did not run: this version has no implementation for it")
-        elif missing:
-            lines.append(f"{backend} did not run {', '.join(missing)}: not implemented")
-    return lines
+        ops = tuple(name for name, op in OPS.items() if backend not in op.backends)
+        if ops:
+            missing.setdefault(ops, []).append(backend)
+    return [
+        f"{' and '.join(backends)} did not run "
+        f"{'any operation' if len(ops) == len(OPS) else ' and '.join(ops)}: "
+        "this version has no implementation"
+        for ops, backends in missing.items()
+    ]
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -240,7 +251,10 @@ def _print_machine(machine: dict[str, Any], console: Console) -> None:
 
 def _heading(console: Console, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{text}[/]", align="left", style="dim")
+    if console.is_terminal:
+        console.rule(f"[bold]{text}[/]", align="left", style="dim")
+    else:
+        console.print(text.upper())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from typing import NoReturn
 from tilewise.cli import bench, build, chat, info, verify
 from tilewise.cli.console import UserError
 
-__all__ = ["main"]
-
 
 class _Parser(argparse.ArgumentParser):
     """Errors are one line; usage is for those who ask for help."""

@@ -6,6 +6,8 @@ bits for each 16 or 32 of them. Every function takes blocks, uint8 (..., block_b
 float32 (..., block_size), bit for bit what the `gguf` package gives: one rounding per product and
 per sum, in the order written.
 
+The arithmetic is in place: on a CPU the pages of a fresh result cost more than the product in it.
+
 Source: ggml's block structures (ggml-common.h) and dequantization (ggml-quants.c).
 """
 
@@ -33,30 +35,30 @@ def _fifth_bits(blocks: torch.Tensor, at: int) -> torch.Tensor:
 def q4_0(blocks: torch.Tensor) -> torch.Tensor:
     """Scale (2 bytes), 32 nibbles: scale * (code - 8)."""
     codes = spread(blocks[..., 2:], 4).flatten(-2)
-    return half(blocks, 0) * (codes.float() - 8)
+    return codes.float().sub_(8).mul_(half(blocks, 0))
 
 
 def q4_1(blocks: torch.Tensor) -> torch.Tensor:
     """Scale and minimum (2 bytes each), 32 nibbles: scale * code + minimum."""
     codes = spread(blocks[..., 4:], 4).flatten(-2)
-    return half(blocks, 0) * codes.float() + half(blocks, 2)
+    return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def q5_0(blocks: torch.Tensor) -> torch.Tensor:
     """Scale, 32 fifth bits (4 bytes), 32 nibbles: scale * (code - 16)."""
     codes = spread(blocks[..., 6:], 4).flatten(-2) | _fifth_bits(blocks, 2)
-    return half(blocks, 0) * (codes.float() - 16)
+    return codes.float().sub_(16).mul_(half(blocks, 0))
 
 
 def q5_1(blocks: torch.Tensor) -> torch.Tensor:
     """Scale, minimum, 32 fifth bits, 32 nibbles: scale * code + minimum."""
     codes = spread(blocks[..., 8:], 4).flatten(-2) | _fifth_bits(blocks, 4)
-    return half(blocks, 0) * codes.float() + half(blocks, 2)
+    return codes.float().mul_(half(blocks, 0)).add_(half(blocks, 2))
 
 
 def q8_0(blocks: torch.Tensor) -> torch.Tensor:
     """Scale, 32 signed bytes: code * scale."""
-    return blocks[..., 2:].view(torch.int8).float() * half(blocks, 0)
+    return blocks[..., 2:].view(torch.int8).float().mul_(half(blocks, 0))
 
 
 def q2_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -65,7 +67,7 @@ def q2_k(blocks: torch.Tensor) -> torch.Tensor:
     scale = half(blocks, 80) * (scales & 15).float()
     minimum = half(blocks, 82) * (scales >> 4).float()
     codes = _rows(spread(_rows(blocks[..., 16:80], 32), 2).flatten(-3), 16)
-    return (scale.unsqueeze(-1) * codes.float() - minimum.unsqueeze(-1)).flatten(-2)
+    return codes.float().mul_(scale.unsqueeze(-1)).sub_(minimum.unsqueeze(-1)).flatten(-2)
 
 
 def q3_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -75,8 +77,8 @@ def q3_k(blocks: torch.Tensor) -> torch.Tensor:
     scale = half(blocks, 108) * ((low | high << 4).float() - 32)
     codes = spread(_rows(blocks[..., 32:96], 32), 2).flatten(-3)
     high_bit = spread(blocks[..., :32], 1).flatten(-2)
-    codes = _rows((codes | high_bit << 2).float() - 4, 16)
-    return (scale.unsqueeze(-1) * codes).flatten(-2)
+    codes = _rows((codes | high_bit << 2).float().sub_(4), 16)
+    return codes.mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 def _six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +97,7 @@ def _scale_and_minimum(blocks: torch.Tensor, codes: torch.Tensor) -> torch.Tenso
     scales, minimums = _six_bit_scales(blocks[..., 4:16])
     scale = (half(blocks, 0) * scales).unsqueeze(-1)
     minimum = (half(blocks, 2) * minimums).unsqueeze(-1)
-    return (scale * codes.float() - minimum).flatten(-2)
+    return codes.float().mul_(scale).sub_(minimum).flatten(-2)
 
 
 def q4_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -114,5 +116,5 @@ def q6_k(blocks: torch.Tensor) -> torch.Tensor:
     low = spread(_rows(blocks[..., :128], 64), 4).flatten(-3)
     high = spread(_rows(blocks[..., 128:192], 32), 2).flatten(-3)
     scale = half(blocks, 208) * blocks[..., 192:208].view(torch.int8).float()
-    codes = _rows((low | high << 4).float() - 32, 16)
-    return (scale.unsqueeze(-1) * codes).flatten(-2)
+    codes = _rows((low | high << 4).float().sub_(32), 16)
+    return codes.mul_(scale.unsqueeze(-1)).flatten(-2)

@@ -238,10 +238,10 @@ class QuantizedTensor:
             size = self.group_size if self.group_size > 0 else values.shape[-1]
             values = values.unflatten(-1, (self.scales.shape[-1], size))
             if self.zeros is not None:
-                values = values - self.zeros.float().unsqueeze(-1)
+                values.sub_(self.zeros.float().unsqueeze(-1))
             elif form.zero:
-                values = values - form.zero
-            values = (values * decode_scales(self.scales).unsqueeze(-1)).flatten(-2)
+                values.sub_(form.zero)
+            values = values.mul_(decode_scales(self.scales).unsqueeze(-1)).flatten(-2)
         return trim(values, self.shape[-1]).to(dtype)
 
     @property
