@@ -168,27 +168,28 @@ def by_workload(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, list[Row]]
 def print_report(report: Report, console: Console) -> None:
     """Print the tables of a report, and why what did not run did not."""
     if report.rows:
-        console.print(operations_table(report.rows, console))
+        console.print(operations_table(report.rows))
+        console.print()
         for line in refusals(report.rows):
             console.print(line, style="dim", markup=False, soft_wrap=True)
         console.print(f"[dim]{_LEGEND}[/]\n")
     if report.model:
-        console.print(model_table(report.model, console))
+        console.print(model_table(report.model))
         console.print()
 
 
 _LEGEND = (
-    "of ceiling: the least time at this machine's measured ceilings over the time taken; "
+    "ceiling: the least time at this machine's measured ceilings over the time taken; "
     "vs naive, torch: their time over this one, taken in turn in one run; "
     "error: relative, of the worst row, against float64; float32 unless named otherwise"
 )
 
 
-def operations_table(rows: Iterable[Row], console: Console) -> Table:
+def operations_table(rows: Iterable[Row]) -> Table:
     """A line per operation, one per workload below it, and one per backend below that."""
-    table = make_table(console, "operations")
+    table = make_table("operations")
     table.add_column("", overflow="fold")
-    for heading in ("time", "rate", "of ceiling", "vs naive", "vs torch", "error"):
+    for heading in ("time", "rate", "ceiling", "vs naive", "vs torch", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for op, workloads in groupby(by_workload(rows), lambda group: group[0]):
         if table.row_count:
@@ -221,14 +222,14 @@ def refusals(rows: Iterable[Row]) -> list[str]:
         if row.reason is not None:
             reasons.setdefault((row.op, row.backend, row.reason), []).append(row.workload)
     return [
-        f"{op}, {backend} has no time for {' and '.join(workloads)}: {reason}"
+        f"{op}, {backend} has no time for {'; '.join(workloads)}: {reason}"
         for (op, backend, reason), workloads in reasons.items()
     ]
 
 
-def model_table(rates: list[TokenRate], console: Console) -> Table:
+def model_table(rates: list[TokenRate]) -> Table:
     """The model: tokens per second, mean and standard deviation over the repetitions."""
-    table = make_table(console, "model")
+    table = make_table("model")
     for heading in ("model", "size", "backend", "device", "threads", "test"):
         table.add_column(heading)
     table.add_column("tokens/s", justify="right")
@@ -245,15 +246,14 @@ def model_table(rates: list[TokenRate], console: Console) -> Table:
     return table
 
 
-def make_table(console: Console, title: str) -> Table:
+def make_table(title: str) -> Table:
     """An empty table in the house style."""
-    from rich import box
     from rich.table import Table
 
     return Table(
         title=f"[bold]{title}[/]",
         title_justify="left",
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        box=None,
         header_style="dim",
         pad_edge=False,
     )

@@ -69,9 +69,11 @@ def check(model: LanguageModel, backend: str, *, tokens: int = 3) -> None:
     """
     from tilewise.model import greedy_tokens_agree
 
+    if backend == "naive":
+        return
     prompt = _random_tokens(model, 16)
     texts = {}
-    for name in dict.fromkeys(("naive", backend)):
+    for name in ("naive", backend):
         with use_backend(name):
             texts[name] = model.generate(prompt, tokens, ignore_eos=True).token_ids
     agreement = greedy_tokens_agree(model.gpt, prompt, texts[backend], texts["naive"])

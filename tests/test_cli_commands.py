@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_files import write_llama_gguf
 
+from tilewise import model as models
 from tilewise.cli import main
-from tilewise.dispatch import BACKENDS, OPS, Impl
+from tilewise.dispatch import BACKENDS, OPS, Impl, requested_backend
 from tilewise.fused import naive
 
 
@@ -242,3 +243,21 @@ def test_bench_of_a_model_prints_llama_bench_rows(tiny, capsys, tmp_path):
 def test_a_test_of_no_tokens_is_left_out(tiny, capsys):
     assert main(["bench", "-m", tiny, "-p", "0", "-n", "2", "-r", "1", "-q"]) == 0
     assert "pp" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def other_text_on_auto(monkeypatch):
+    """A model that chooses other tokens unless every operation is naive."""
+    choose = models.generate._Run._choose
+
+    def wrong(run, logits, sequences):
+        return choose(run, logits if requested_backend("sample") == "naive" else -logits, sequences)
+
+    monkeypatch.setattr(models.generate._Run, "_choose", wrong)
+
+
+def test_a_model_that_says_something_else_is_not_timed(tiny, capsys, other_text_on_auto):
+    assert main(["bench", "-m", tiny, "-p", "8", "-n", "2", "-q"]) == 1
+    out = capsys.readouterr().out
+    assert "wrong tiny on auto: 0 tokens are the same, then no near-tie" in out
+    assert "pp8" not in out

@@ -24,12 +24,14 @@ from tilewise.cli.console import (
     load_model,
     make_console,
     progress,
+    write_file,
 )
 from tilewise.dispatch import BACKENDS, OPS, use_backend
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+    from rich.table import Table
 
     from tilewise.benchmarks.measure import Row
     from tilewise.benchmarks.workloads import Workload
@@ -73,16 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tilewise.demo", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="of an answer, at most")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="of an answer, at most")
     add_device(parser)
     options = parser.parse_args(argv)
     console = make_console()
     try:
-        model = load_model("smollm2", device=device_of(options))
+        return run(load_model("smollm2", device=device_of(options)), console, options)
     except UserError as error:
         print(f"tilewise.demo: {error}", file=sys.stderr)
         return 2
-    return run(model, console, options)
 
 
 def run(model: LanguageModel, console: Console, options: argparse.Namespace) -> int:
@@ -101,7 +102,7 @@ def run(model: LanguageModel, console: Console, options: argparse.Namespace) -> 
     answers = [answer(model, backend, options.tokens, console) for backend in SETTINGS]
     agreement = compare_answers(model, *answers)
     console.print(f"{'[green]agree[/]' if agreement else '[red]disagree[/]'}: {agreement}\n")
-    console.print(_speed_table(answers, console))
+    console.print(_speed_table(answers))
 
     _heading(console, "Every operation on every backend")
     rows = list(measure_operations(console, device))
@@ -118,9 +119,10 @@ def run(model: LanguageModel, console: Console, options: argparse.Namespace) -> 
         "missing": missing_backends(),
     }
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        text = json.dumps(results, indent=1) + "\n"
+        write_file(options.json, lambda path: Path(path).write_text(text))
     if options.plot:
-        roofline.plot(report, options.plot)
+        write_file(options.plot, lambda path: roofline.plot(report, path))
     written = " and ".join(path for path in (options.json, options.plot) if path)
     seconds = time.perf_counter() - started
     console.print(f"\n{seconds:.0f} s" + (f", written to {written}" if written else ""))
@@ -168,10 +170,10 @@ def compare_answers(model: LanguageModel, naive: Answer, best: Answer) -> Greedy
     return greedy_tokens_agree(model.gpt, prompt, best.token_ids, naive.token_ids)
 
 
-def _speed_table(answers: Sequence[Answer], console: Console) -> Any:
+def _speed_table(answers: Sequence[Answer]) -> Table:
     from tilewise.benchmarks.report import duration, make_table
 
-    table = make_table(console, "the answers' speed")
+    table = make_table("the answers' speed")
     table.add_column("", no_wrap=True)
     for result in answers:
         table.add_column(result.backend, justify="right", no_wrap=True)

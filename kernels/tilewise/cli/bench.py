@@ -52,6 +52,8 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report; 1 if a backend does not agree, since it then has no time."""
+    from rich.markup import escape
+
     from tilewise.benchmarks.host import host
     from tilewise.benchmarks.report import Report, print_report
 
@@ -60,16 +62,23 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options)
     everything = options.op is None and options.model is None
     rows = _operations(options, device) if everything or options.op else []
-    model = _model(options, device) if everything or options.model else []
+    wrong = any(row.disagrees for row in rows)
+    console = make_console()
+    model = []
+    try:
+        model = _model(options, device) if everything or options.model else []
+    except AssertionError as error:
+        console.print("[red]wrong[/]", escape(str(error)), soft_wrap=True)
+        wrong = True
     report = Report(host(device), rows, model)
-    print_report(report, make_console())
+    print_report(report, console)
     if options.json:
         write_file(options.json, report.save)
     if options.plot:
         from tilewise.benchmarks import roofline
 
         write_file(options.plot, lambda path: roofline.plot(report, path))
-    return 1 if any(row.disagrees for row in rows) else 0
+    return 1 if wrong else 0
 
 
 def _operations(options: argparse.Namespace, device: str) -> list[Row]:

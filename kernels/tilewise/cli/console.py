@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -122,9 +122,9 @@ def refusals() -> Iterator[None]:
         raise UserError(one_line(error)) from None
 
 
-def write_file(path: str, write: object) -> None:
+def write_file(path: str, write: Callable[[str], object]) -> None:
     """Call `write(path)`; a path that cannot be written is a UserError."""
     try:
-        write(path)  # type: ignore[operator]
+        write(path)
     except OSError as error:
         raise UserError(one_line(error)) from None

@@ -130,7 +130,7 @@ def _print_operations(
 ) -> None:
     from tilewise.benchmarks.report import make_table
 
-    out = make_table(console, f"operations on {device}: how many of the test calls a backend takes")
+    out = make_table(f"operations on {device}: test calls that a backend takes")
     out.add_column("operation", no_wrap=True)
     for name in BACKENDS:
         out.add_column(name, justify="right")
@@ -183,7 +183,7 @@ def _print_card(name: str, counted: Card, console: Console) -> None:
     from tilewise.benchmarks.report import make_table
 
     data = counted.as_dict()
-    table = make_table(console, name)
+    table = make_table(name)
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right")
     table.add_column("", style="dim")
@@ -214,7 +214,7 @@ def _print_low_rank(counted: Card, console: Console) -> None:
     from tilewise.benchmarks.report import make_table
     from tilewise.model import low_rank
 
-    table = make_table(console, "a matrix as the product of two thin ones")
+    table = make_table("a matrix as the product of two thin ones")
     table.add_column("matrix", no_wrap=True)
     for heading in ("rank", "parameters", "of", "saved", "breaks even at"):
         table.add_column(heading, justify="right")
@@ -238,7 +238,7 @@ def _print_gpt3(console: Console) -> None:
     from tilewise.benchmarks.report import make_table
     from tilewise.model import gpt3_table
 
-    table = make_table(console, "GPT-3 (arXiv:2005.14165, table 2.1), counted from its shapes")
+    table = make_table("GPT-3 (arXiv:2005.14165, table 2.1), counted from its shapes")
     rows = gpt3_table()
     for heading in rows[0]:
         table.add_column(

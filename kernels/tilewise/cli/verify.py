@@ -121,7 +121,7 @@ def _check(verdict: Verdict, case: Case, device: str) -> None:
 def _print_verdicts(verdicts: list[Verdict], console: Console) -> None:
     from tilewise.benchmarks.report import make_table
 
-    table = make_table(console, "agreement with the definition, as error over allowed error")
+    table = make_table("agreement with the definition, as error over allowed error")
     for heading in ("operation", "backend", "dtype"):
         table.add_column(heading, no_wrap=True)
     for heading in ("agree", "refused", "wrong", "worst"):
@@ -147,7 +147,7 @@ def _print_formats(console: Console) -> None:
     from tilewise.benchmarks.formats import format_errors
     from tilewise.benchmarks.report import make_table
 
-    table = make_table(console, "what the formats themselves lose, on normal weights")
+    table = make_table("what the formats themselves lose, on normal weights")
     table.add_column("format", no_wrap=True)
     table.add_column("bits per weight", justify="right")
     table.add_column("relative error", justify="right")
