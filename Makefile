@@ -28,7 +28,8 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json \
+	  --plot benchmarks/results/latest.png
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tilewise.benchmarks import measure as measuring
+from tilewise.benchmarks.calls import last_queries, norm, prefill
 from tilewise.benchmarks.measure import Bench, Row, clock, compare, measure, rounds_of
-from tilewise.benchmarks.workloads import GPT2, Workload, last_queries, norm, prefill
+from tilewise.benchmarks.workloads import GPT2, Workload
 from tilewise.dispatch import OPS, Impl
 from tilewise.fused import naive as definition
 from tilewise.testing import assert_agrees

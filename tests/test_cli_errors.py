@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tilewise import dispatch, native
 from tilewise.cli import main
 
 
@@ -99,3 +100,17 @@ def test_a_reader_who_leaves_early_sees_no_traceback():
             check=False,
         )
     assert done.stderr == b""
+
+
+def test_a_typo_in_a_variable(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "_ENVIRONMENT", "fast")
+    assert refusal(capsys, "info").startswith(
+        "tilewise info: TILEWISE_BACKEND: must be 'auto' or one of naive, "
+    )
+    monkeypatch.setattr(dispatch, "_ENVIRONMENT", "")
+    monkeypatch.setenv("TILEWISE_CPU_ISA", "sse")
+    native.instruction_set.cache_clear()
+    try:
+        assert "TILEWISE_CPU_ISA: instruction set: must be one of" in refusal(capsys, "verify")
+    finally:
+        native.instruction_set.cache_clear()

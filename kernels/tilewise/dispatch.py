@@ -161,7 +161,9 @@ class Op:
 
     def _refusal(self, backend: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         if backend not in BACKENDS:
-            return f"backend: must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}"
+            # A typo in the environment is said by the first call: importing never fails for it.
+            name = "TILEWISE_BACKEND" if backend == _ENVIRONMENT else "backend"
+            return _unknown(name, backend)
         reasons = self.reasons(args, kwargs)
         lines = [f"{self.name}: backend {backend!r} cannot run this call: {reasons[backend]}"]
         lines += [f"  {name}: {reason or 'can run it'}" for name, reason in reasons.items()]
@@ -171,20 +173,28 @@ class Op:
 # --- which backend is asked for -------------------------------------------------------------------
 
 
+def _unknown(name: str, backend: str) -> str:
+    return f"{name}: must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}"
+
+
 def _check_backend(name: str, backend: str) -> str:
     if backend not in BACKENDS and backend != "auto":
-        raise ValueError(f"{name}: must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(_unknown(name, backend))
     return backend
 
 
-def _from_environment() -> dict[str, str]:
-    backend = os.environ.get("TILEWISE_BACKEND", "")
-    return {_EVERY_OP: _check_backend("TILEWISE_BACKEND", backend)} if backend else {}
+_ENVIRONMENT = os.environ.get("TILEWISE_BACKEND", "")
+_FROM_ENVIRONMENT = MappingProxyType({_EVERY_OP: _ENVIRONMENT} if _ENVIRONMENT else {})
 
 
-_ENVIRONMENT = MappingProxyType(_from_environment())
+def check_environment() -> None:
+    """Raise ValueError if `TILEWISE_BACKEND` names no backend."""
+    if _ENVIRONMENT:
+        _check_backend("TILEWISE_BACKEND", _ENVIRONMENT)
+
+
 _OVERRIDES: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar(
-    "tilewise_backend", default=_ENVIRONMENT
+    "tilewise_backend", default=_FROM_ENVIRONMENT
 )
 
 
@@ -196,7 +206,7 @@ class _Traced(threading.local):
     """
 
     def __init__(self) -> None:
-        self.overrides: Mapping[str, str] = dict(_ENVIRONMENT)
+        self.overrides: Mapping[str, str] = dict(_FROM_ENVIRONMENT)
 
 
 _TRACED = _Traced()

@@ -13,6 +13,7 @@ import os
 import sys
 from typing import NoReturn
 
+from tilewise import dispatch, native
 from tilewise.cli import bench, build, chat, info, verify
 from tilewise.cli.console import UserError
 
@@ -61,6 +62,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace | None:
     return options
 
 
+def _check_environment() -> None:
+    """Refuse a typo in a variable before anything runs."""
+    try:
+        dispatch.check_environment()
+        native.instruction_set()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `tilewise`; returns the exit status."""
     try:
@@ -70,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if options is None:
         return 0
     try:
+        _check_environment()
         if options.threads:
             import torch
 
