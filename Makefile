@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test bench lint gpu clean
+.PHONY: help demo test sanitize bench lint gpu clean
 help:
 	@echo "make demo   answer a prompt with a real model on every backend, and measure everything"
 	@echo "make test   check every operation on every backend that this machine offers"
+	@echo "make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  time every operation against its rivals"
 	@echo "make lint   ruff and mypy"
 	@echo "make gpu    GPU tests, then GPU benchmarks, with PYTHON=$(PYTHON) (needs torch, pytest)"
@@ -25,6 +26,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto
+
+# The sanitizers' runtime must be in the process before Python, and libstdc++ with it, or else it
+# cannot follow exceptions. PyTorch itself leaks, on purpose, what lives as long as the process.
+SANITIZED := --library avx2-sanitized -n auto -p no:cacheprovider
+sanitize: $(VENV)/.installed
+	$(BIN)/tilewise build --isa avx2 --variant sanitized
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	  $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest $(SANITIZED) tests/test_contracts.py -k "cpu-float or cpu-bfloat"
 
 bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks --benchmark-json=benchmarks/results/latest.json

@@ -16,7 +16,8 @@ from tilewise.benchmarks.host import devices, host, versions
 from tilewise.benchmarks.measure import MAX_ROUNDS, Bench, Row, clock
 from tilewise.benchmarks.report import Report, print_report
 from tilewise.benchmarks.tokens import TokenRate
-from tilewise.benchmarks.workloads import Workload, all_workloads
+from tilewise.benchmarks.workload import Workload
+from tilewise.benchmarks.workloads import all_workloads
 from tilewise.dispatch import OPS
 
 _NOT_RUN = pytest.StashKey[list[Row]]()

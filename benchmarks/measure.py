@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from tilewise import machine
-from tilewise.benchmarks.workloads import Workload
+from tilewise.benchmarks.workload import Workload
 from tilewise.dispatch import OPS, Cost
 from tilewise.testing import (
     Agreement,
     Case,
     Inputs,
     assert_agrees,
+    floor_of,
     public_function,
     run_case,
     to_float64,
@@ -143,7 +144,9 @@ class Bench:
         self.op = OPS[workload.op]
         self.device = torch.device(workload.device)
         self.arguments = workload.make(Inputs(workload.dtype, self.device))
-        self.case = Case(workload.op, workload.name, workload.make)
+        self.case = Case(
+            workload.op, workload.name, workload.make, grad=workload.grad, floors=workload.floors
+        )
         if workload.results is not None:
             self.case = replace(self.case, results=workload.results)
         self._checked: dict[str, Agreement] = {}
@@ -155,17 +158,33 @@ class Bench:
 
     @cached_property
     def cost(self) -> Cost:
-        """The work that the call cannot avoid."""
-        return self.op.cost(**self.arguments)
+        """The work that the call cannot avoid.
+
+        Of attention's backward pass: five products where the forward pass has two, and everything
+        that it moves with its gradient.
+        """
+        cost = self.op.cost(**self.arguments)
+        if self.workload.grad:
+            cost = replace(cost, flops=2.5 * cost.flops, bytes=2 * cost.bytes)
+        return cost
 
     def why_not(self, backend: str) -> str | None:
         """Why `backend` is not measured on this workload; None where it is."""
         return self.op.reasons((), self.arguments)[backend] or self.workload.without.get(backend)
 
     def call(self, backend: str) -> Callable[[], object]:
-        """The call that is timed: the public function, checks and dispatch included."""
+        """The call that is timed: the public function, checks and dispatch included.
+
+        With `Workload.grad` it is the backward pass, which starts from a forward pass made here.
+        """
         function = public_function(self.op)
         arguments = self.arguments
+        if self.workload.grad:
+            leaves = [arguments[name].detach().requires_grad_() for name in self.workload.grad]
+            named = dict(zip(self.workload.grad, leaves, strict=True))
+            out = function(**arguments | named, backend=backend)
+            upstream = torch.randn_like(out)
+            return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
         def call() -> object:
             with torch.no_grad():
@@ -184,12 +203,18 @@ class Bench:
         """
         if backend not in self._checked:
             part = self.workload.part
-            actual = run_case(self.case, self.arguments, backend)
+            actual = self._results(self.arguments, backend)
             if part is not None:
                 actual = {name: part.pick(result) for name, result in actual.items()}
             naive, truth = self._reference
             agreements = [
-                assert_agrees(actual[name], naive[name], truth[name], name=f"{backend} {name}")
+                assert_agrees(
+                    actual[name],
+                    naive[name],
+                    truth[name],
+                    name=f"{backend} {name}",
+                    floor=floor_of(self.case, name, truth[name]),
+                )
                 for name in truth
             ]
             self._checked[backend] = max(agreements, key=lambda agreement: agreement.ratio)
@@ -199,9 +224,10 @@ class Bench:
     def _reference(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         part = self.workload.part
         arguments = part.reduce(self.arguments) if part else self.arguments
-        naive = run_case(self.case, arguments, "naive")
-        truth = run_case(self.case, to_float64(arguments), "naive")
-        return naive, truth
+        return self._results(arguments, "naive"), self._results(to_float64(arguments), "naive")
+
+    def _results(self, arguments: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
+        return run_case(self.case, arguments, backend, grad=bool(self.workload.grad))
 
     def rivals(self, backend: str) -> list[str]:
         """The backends that `backend` is compared with, itself left out."""

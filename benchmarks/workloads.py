@@ -7,15 +7,12 @@ table is sized so that two slow cores finish in a minute; the GPU table has the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tilewise import native
 from tilewise.benchmarks.calls import (
-    Part,
     append,
     decode,
     every_output,
@@ -34,45 +31,14 @@ from tilewise.benchmarks.calls import (
     sampling,
     written_caches,
 )
+from tilewise.benchmarks.grids import attention_backward_grid, attention_grid
+from tilewise.benchmarks.workload import Workload
 from tilewise.model.config import PRESETS
 from tilewise.testing import Make
 
 SMOLLM2 = PRESETS["smollm2-135m"]
 GPT2 = PRESETS["gpt2"]
 LLAMA3 = PRESETS["llama-3-8b"]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A call to time.
-
-    Args:
-        op: the operation.
-        name: the model, the phase and the sizes; unique within an operation, dtype and device.
-        make: builds the keyword arguments of the public function.
-        dtype: of its floating-point tensors.
-        device: "cpu" or "cuda".
-        part: what to check where the definition is too large to compute in float64.
-        without: backends that are not measured here, and why.
-        results: names the results for the check, as in `tilewise.testing.Case`; None where they
-            are what the call returns.
-    """
-
-    op: str
-    name: str
-    make: Make
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    part: Part | None = None
-    without: Mapping[str, str] = field(default_factory=dict)
-    results: Callable[[dict[str, Any], Any], dict[str, torch.Tensor]] | None = None
-
-    @property
-    def id(self) -> str:
-        """Unique among all workloads."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.op} {self.name} {dtype} {self.device}"
-
 
 _MIXED_LENGTHS = (17, 64, 200, 33, 128, 70)
 _PER_CHANNEL: dict[str, Any] = {"group_size": -1, "symmetric": True}
@@ -244,4 +210,9 @@ def all_workloads(device: str = "cpu") -> list[Workload]:
         for workload in _on_cpu(torch.bfloat16)
         if multiplies_bfloat16 or workload.op == "quantized_matmul"
     ]
-    return _on_cpu(torch.float32) + narrow
+    grids = [
+        workload
+        for dtype in (torch.float32, torch.bfloat16)
+        for workload in attention_grid(dtype) + attention_backward_grid(dtype)
+    ]
+    return _on_cpu(torch.float32) + narrow + grids

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tilewise import native
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 # The tensors are small: `pytest -n auto` runs one test per core, each on a single thread, and so
@@ -17,6 +19,31 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--library avx2`, `--library avx2-sanitized`, `--library amx-emulated`."""
+    parser.addoption(
+        "--library",
+        metavar="ISA[-VARIANT]",
+        help="test these C++ kernels instead of the best that run here (see tilewise build)",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Choose the C++ kernels, and build them now if need be, where nobody looks at stderr."""
+    chosen = session.config.getoption("library")
+    if chosen:
+        isa, _, variant = chosen.partition("-")
+        chosen_library = native.use_library(native.load(isa, variant))
+        chosen_library.__enter__()
+        session.config.add_cleanup(lambda: chosen_library.__exit__(None, None, None))
+    native.library()
+
+
+def pytest_report_header() -> str:
+    """Say which C++ kernels are tested."""
+    return f"C++ kernels: {native.library()}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

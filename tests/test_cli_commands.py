@@ -47,7 +47,7 @@ def test_info_gives_a_value_or_a_reason_for_everything(facts):
 def test_info_in_words(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for words in ("native library", "no C++ sources", "GB/s from", "GFLOP/s", "rms_norm"):
+    for words in ("native library", "GB/s from", "GFLOP/s", "rms_norm"):
         assert words in out
     assert "triton: no operation has an implementation in this version" in out
     assert "\x1b" not in out  # no colours where nobody watches
@@ -105,7 +105,7 @@ def test_bench_of_one_operation(capsys, tmp_path):
     assert "SmolLM2 decode" in capsys.readouterr().out
     report = json.loads((tmp_path / "r.json").read_text())
     assert {row["op"] for row in report["rows"]} == {"rms_norm"}
-    assert {row["backend"] for row in report["rows"]} == {"naive", "torch"}
+    assert {row["backend"] for row in report["rows"]} >= {"naive", "torch"}
     assert report["model"] == []
     assert (tmp_path / "r.png").stat().st_size > 0
 

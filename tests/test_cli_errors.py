@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tilewise import dispatch, native
+from tilewise import build, dispatch, native
 from tilewise.cli import main
 
 
@@ -51,7 +51,7 @@ def test_a_typo_in_an_option(capsys, argv, message):
         (["bench", "-n", "many"], "must be a whole number, 0 or more, got 'many'"),
         (["info", "--threads", "0"], "must be a positive integer, got '0'"),
         (["generate", " "], "the prompt is empty"),
-        (["build"], "nothing to build: this version has no C++ sources to build"),
+        (["build", "--isa", "sse"], "argument --isa: invalid choice: 'sse'"),
     ],
 )
 def test_a_value_that_makes_no_sense(capsys, argv, message):
@@ -74,6 +74,17 @@ def test_a_file_that_is_missing_or_no_model(capsys, tmp_path, argv, content):
 def test_no_gpu(capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "tilewise verify: no GPU: " in refusal(capsys, "verify", "--device", "cuda")
+
+
+def test_nothing_to_build_with(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.compiler.cache_clear()
+    try:
+        expected = "tilewise build: CXX is no-such-compiler, which is not on the path"
+        assert refusal(capsys, "build") == expected
+    finally:
+        build.compiler.cache_clear()
 
 
 def test_a_result_that_cannot_be_written(capsys, tmp_path):

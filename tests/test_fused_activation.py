@@ -51,7 +51,7 @@ def test_float16_is_rounded_once_by_auto(activation, options, gate):
     """The activation alone is below float16's normal range here, where it has few bits left."""
     gate = torch.tensor([[gate]], dtype=torch.float16)
     up = torch.tensor([[1001.0]], dtype=torch.float16)
-    assert dispatch.find_op(activation).select("auto", (gate, up), options).name == "naive"
+    assert dispatch.find_op(activation).select("auto", (gate, up), options).name != "torch"
     naive, truth = (
         activation(gate.to(dtype), up.to(dtype), backend="naive", **options)
         for dtype in (torch.float32, torch.float64)

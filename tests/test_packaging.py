@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tilewise import build
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
     "gguf",
@@ -71,10 +73,9 @@ def test_every_operation_is_public():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> list[str]:
-    """The names in a wheel built from a clean copy of the sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def checkout(tmp_path_factory) -> Path:
+    """A clean copy of the sources."""
+    source = tmp_path_factory.mktemp("checkout")
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -85,6 +86,20 @@ def wheel(tmp_path_factory) -> list[str]:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel_file(checkout, tmp_path_factory) -> Path:
+    """A wheel built from a source distribution, so that both must be complete."""
+    folder = tmp_path_factory.mktemp("wheel")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=checkout, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (source,) = folder.glob("*.tar.gz")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
         [*command, "-q", "-w", str(folder), str(source)],
@@ -92,7 +107,13 @@ def wheel(tmp_path_factory) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
-    return zipfile.ZipFile(built).namelist()
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file) -> list[str]:
+    """The names in the wheel."""
+    return zipfile.ZipFile(wheel_file).namelist()
 
 
 def test_the_wheel_holds_one_package(wheel):
@@ -109,3 +130,14 @@ def test_the_wheel_holds_every_source_file(wheel):
         for path in source.rglob("*.py"):
             assert f"{target}/{path.relative_to(source).as_posix()}" in wheel
     assert "tilewise/py.typed" in wheel
+
+
+def test_an_installed_package_builds_from_its_own_sources(wheel_file, tmp_path, run_python):
+    """The C++ sources in the wheel are found there, and are those of the checkout."""
+    zipfile.ZipFile(wheel_file).extractall(tmp_path / "installed")
+    code = (
+        "from tilewise import build; print(build.source_folder(), build._recipe('avx2', '').name)"
+    )
+    folder, name = run_python(code, PYTHONPATH=str(tmp_path / "installed")).stdout.split()
+    assert folder == str(tmp_path / "installed" / "tilewise" / "csrc")
+    assert name == build._recipe("avx2", "").name

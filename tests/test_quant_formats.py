@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tilewise import native
+from tilewise import build
 from tilewise.quant import FORMATS, QuantizedTensor, quantize
 from tilewise.quant.cases import gguf_weight
 from tilewise.quant.packing import E2M1, NF4, pack_nibbles, unpack_nibbles
@@ -273,7 +273,7 @@ def test_traces_without_a_break(name):
     assert torch.equal(compiled(q), q.dequantize())
 
 
-@pytest.mark.skipif(native.compiler().value is None, reason="TorchInductor needs a C++ compiler")
+@pytest.mark.skipif(build.compiler().value is None, reason="TorchInductor needs a C++ compiler")
 def test_compiled_code_keeps_to_the_weights_of_an_unfinished_group():
     q = some("int4", 3, 79, group_size=32)
     torch.compiler.reset()

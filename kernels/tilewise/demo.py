@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tilewise.benchmarks.measure import Row
-    from tilewise.benchmarks.workloads import Workload
+    from tilewise.benchmarks.workload import Workload
     from tilewise.model import GreedyAgreement, LanguageModel
 
 QUESTION = "What is a kernel in computing? Answer in one sentence."

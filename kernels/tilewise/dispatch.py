@@ -132,9 +132,8 @@ class Op:
             backend = requested_backend(self.name)
         if backend == "auto":
             for impl in self.impls:
-                if (
-                    impl.refuses(args, kwargs) is None
-                    and impl.why_not_auto(*args, **kwargs) is None
+                if impl.refuses(args, kwargs) is None and (
+                    impl.why_not_auto is never or impl.why_not_auto(*args, **kwargs) is None
                 ):
                     return impl
         for impl in self.impls:

@@ -1,29 +1,38 @@
-"""What native code this machine can run and build, and the reason wherever it cannot.
+"""What native code this machine can run, and the reason wherever it cannot.
 
-The C++ and CUDA sources are compiled once per instruction set and chosen here, before anything is
-loaded; nothing in this file compiles or loads at import. Every question is answered with a value
-and a sentence, because "why is my kernel not used" is the first thing a user asks.
+There is one library of C++ kernels per instruction set. Which one is used is decided here, before
+anything is loaded; nothing is compiled or loaded at import. Every question is answered with a value
+or a sentence, because "why is my kernel not used" is the first thing a user asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tilewise import build
+from tilewise.build import Finding, version_line
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"})
+_AVX512 = _AVX2 | {
+    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16",
+}  # fmt: skip
 INSTRUCTION_SETS: dict[str, frozenset[str]] = {
-    "amx": frozenset({"amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}),
-    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
 }
 """The instruction sets that C++ kernels are built for, best first, and the CPU flags each needs."""
 
@@ -31,18 +40,6 @@ INSTRUCTION_SETS: dict[str, frozenset[str]] = {
 _SYS_ARCH_PRCTL = 158
 _ARCH_REQ_XCOMP_PERM = 0x1023
 _XFEATURE_XTILEDATA = 18
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that was looked for: what was found (`value`), or why not (`reason`)."""
-
-    name: str
-    value: str | None
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        return self.value if self.value is not None else f"none: {self.reason}"
 
 
 @functools.cache
@@ -111,27 +108,6 @@ def instruction_set() -> Finding:
     return Finding("none", None, "; ".join(reasons))
 
 
-def _version(command: list[str]) -> str | None:
-    """The first line of `command`'s output that has a version number in it."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = (run.stdout + run.stderr).splitlines()
-    return next((line.strip() for line in lines if re.search(r"\d+\.\d+", line)), None)
-
-
-@functools.cache
-def compiler() -> Finding:
-    """The C++ compiler: `CXX`, or the first of c++, g++ and clang++ on the path."""
-    for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        path = shutil.which(candidate) if candidate else None
-        if path:
-            version = _version([path, "--version"])
-            return Finding("compiler", f"{path} ({version or 'unknown version'})")
-    return Finding("compiler", None, "no c++, g++ or clang++ on the path and CXX is not set")
-
-
 @functools.cache
 def nvcc() -> Finding:
     """The CUDA compiler: on the path, or in `CUDA_HOME` or /usr/local/cuda."""
@@ -140,7 +116,7 @@ def nvcc() -> Finding:
     path = shutil.which("nvcc", path=os.pathsep.join(folders))
     if path is None:
         return Finding("nvcc", None, "not on the path nor in CUDA_HOME or /usr/local/cuda")
-    release = _version([path, "--version"])
+    release = version_line([path, "--version"])
     return Finding("nvcc", f"{path} ({release or 'unknown version'})")
 
 
@@ -169,17 +145,142 @@ def triton() -> Finding:
     return Finding("triton", None, "the package triton is not installed")
 
 
-def source_folder() -> Path:
-    """Where the C++ and CUDA sources are: beside `kernels/` in a checkout."""
-    return Path(__file__).resolve().parents[2] / "csrc"
+# --- the C++ kernels ------------------------------------------------------------------------------
+
+
+class Operators:
+    """`torch.ops.tilewise_<isa>` with the overloads looked up once: a call is 1 us shorter."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = getattr(torch.ops, namespace)
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(self._namespace, name).default
+        setattr(self, name, operator)
+        return operator
+
+
+@dataclass(frozen=True)
+class Library:
+    """A loaded library."""
+
+    isa: str
+    path: Path
+    ops: Operators
+
+
+class _Announcement(build.Watcher):
+    """A line on stderr: someone's first call takes half a minute, and they shall know why."""
+
+    def waiting(self) -> None:
+        print("tilewise: waiting for another process that builds the C++ kernels", file=sys.stderr)
+
+    def started(self, isa: str, steps: int) -> None:
+        text = f"tilewise: building the C++ kernels for {isa}, once, in {build.cache_folder()} ..."
+        print(text, end="", file=sys.stderr, flush=True)
+
+    def finished(self, seconds: float, warnings: str) -> None:
+        print(f" done in {seconds:.0f} s", file=sys.stderr)
+
+    def failed(self, output: str) -> None:
+        print(" failed", *output.splitlines()[-8:], sep="\n  ", file=sys.stderr)
 
 
 @functools.cache
+def load(isa: str, variant: str = "") -> Library:
+    """Load the library for one instruction set, built where it is not in the cache.
+
+    Libraries of several instruction sets can be loaded side by side.
+
+    Args:
+        isa: one of `INSTRUCTION_SETS` that this machine can run, or any if it is emulated.
+        variant: one of `build.VARIANTS`.
+
+    Raises:
+        BuildError: if there is no library and none can be built or loaded.
+    """
+    path = build.library(isa, variant, watcher=_Announcement())
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise build.BuildError(f"{path} cannot be loaded: {error.__cause__ or error}") from None
+    return Library(isa, path, Operators(build.namespace(isa, variant)))
+
+
+def _load_best() -> Library:
+    """The library for the best instruction set that both the machine and the compiler know."""
+    chosen = instruction_set()
+    if chosen.value is None:
+        raise build.BuildError(str(chosen.reason))
+    if os.environ.get("TILEWISE_CPU_ISA"):
+        return load(chosen.value)
+    names = list(INSTRUCTION_SETS)
+    for name in names[names.index(chosen.value) : -1]:
+        with contextlib.suppress(build.UnknownInstructions):
+            return load(name)
+    return load(names[-1])
+
+
+# None until the first question; then the library, or why there is none.
+_cpu: Library | build.BuildError | None = None
+_cpu_refusal: str | None = None
+
+
+def _find_cpu() -> Library | build.BuildError:
+    global _cpu, _cpu_refusal
+    if _cpu is None:
+        try:
+            _cpu = _load_best()
+        except build.BuildError as error:
+            _cpu, _cpu_refusal = error, str(error)
+    return _cpu
+
+
+def why_not_cpu() -> str | None:
+    """Why the C++ kernels cannot be used here; None where they can. Builds them on first use.
+
+    Raises:
+        ValueError: if `TILEWISE_CPU_ISA` names what does not exist or cannot run here.
+    """
+    if _cpu is None:
+        _find_cpu()
+    return _cpu_refusal
+
+
+# What `torch.compiler.assume_constant_result` does, without the import of all of torch._dynamo:
+# a traced call asks once, while it is traced, and may build then.
+why_not_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def cpu_ops() -> Operators:
+    """The operators of the C++ kernels, built on first use.
+
+    Raises:
+        BackendError: if they cannot be used here.
+    """
+    found = _cpu if _cpu is not None else _find_cpu()
+    if isinstance(found, Library):
+        return found.ops
+    from tilewise.dispatch import BackendError
+
+    raise BackendError(f"there are no C++ kernels: {found}")
+
+
+@contextlib.contextmanager
+def use_library(loaded: Library) -> Iterator[None]:
+    """Let calls in a `with` block, on any thread, run this library; for tests of several."""
+    global _cpu, _cpu_refusal
+    before = _cpu, _cpu_refusal
+    _cpu, _cpu_refusal = loaded, None
+    try:
+        yield
+    finally:
+        _cpu, _cpu_refusal = before
+
+
 def library() -> Finding:
-    """The native library, or why there is none."""
-    sources = source_folder()
-    if not any(sources.glob("*.cpp")):
-        return Finding("native library", None, "this version has no C++ sources to build")
-    if compiler().value is None:
-        return Finding("native library", None, str(compiler().reason))
-    return Finding("native library", None, "not built; `tilewise build` builds it")
+    """The library of C++ kernels that calls use, built on first use, or why there is none."""
+    found = _find_cpu()
+    if isinstance(found, Library):
+        return Finding("native library", f"{found.path} ({found.isa})")
+    return Finding("native library", None, str(found))

@@ -8,12 +8,12 @@ each row's sum, is all that is needed to go on with more keys later, or to go ba
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from tilewise.attention import baseline, naive
-from tilewise.attention import operators as operators  # registers torch.ops.tilewise.*
+from tilewise.attention import autograd, baseline, naive, native
 from tilewise.attention.checks import (
     check_flash_attention,
     check_flash_attention_varlen,
@@ -32,6 +32,7 @@ _FLASH_ATTENTION = Op(
     "flash_attention",
     naive.flash_attention,
     impls=(
+        Impl("cpu", partial(autograd.flash_attention, "cpu"), native.why_not),
         Impl(
             "torch",
             baseline.flash_attention,
@@ -47,6 +48,7 @@ _FLASH_ATTENTION_VARLEN = Op(
     "flash_attention_varlen",
     naive.flash_attention_varlen,
     impls=(
+        Impl("cpu", partial(autograd.flash_attention_varlen, "cpu"), native.why_not),
         Impl(
             "torch",
             baseline.flash_attention_varlen,
@@ -59,7 +61,11 @@ _FLASH_ATTENTION_VARLEN = Op(
 )
 
 _MERGE_STATES = Op(
-    "merge_states", naive.merge_states, check=check_merge_states, cost=cost_merge_states
+    "merge_states",
+    naive.merge_states,
+    impls=(Impl("cpu", native.merge_states, native.why_not_merge_states),),
+    check=check_merge_states,
+    cost=cost_merge_states,
 )
 
 

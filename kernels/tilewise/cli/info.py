@@ -47,13 +47,13 @@ def facts() -> dict[str, Any]:
     """Everything that `tilewise info` knows, ready for JSON."""
     import torch
 
-    from tilewise import native
+    from tilewise import build, native
     from tilewise.benchmarks.host import host
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     findings = (
         native.instruction_set(),
-        native.compiler(),
+        build.compiler(),
         native.nvcc(),
         native.gpu(),
         native.triton(),

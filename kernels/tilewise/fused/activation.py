@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import baseline, naive
-from tilewise.library import Contract
+from tilewise.fused import autograd, baseline, naive, native
 
 _APPROXIMATE = ("tanh", "none")
 
@@ -43,14 +44,20 @@ def _why_not_auto(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "t
 _SWIGLU = Op(
     "swiglu",
     naive.swiglu,
-    impls=(Impl("torch", baseline.swiglu, why_not_auto=_why_not_auto),),
+    impls=(
+        Impl("cpu", partial(autograd.swiglu, "cpu"), native.why_not_gated),
+        Impl("torch", baseline.swiglu, why_not_auto=_why_not_auto),
+    ),
     check=_check_swiglu,
     cost=_cost_swiglu,
 )
 _GEGLU = Op(
     "geglu",
     naive.geglu,
-    impls=(Impl("torch", baseline.geglu, why_not_auto=_why_not_auto),),
+    impls=(
+        Impl("cpu", partial(autograd.geglu, "cpu"), native.why_not_gated),
+        Impl("torch", baseline.geglu, why_not_auto=_why_not_auto),
+    ),
     check=_check_geglu,
     cost=_cost_geglu,
 )
@@ -110,28 +117,3 @@ def geglu(
     """
     _check_geglu(gate, up, approximate=approximate, validate=validate)
     return _GEGLU(gate, up, approximate=approximate, backend=backend)
-
-
-# --- the operators behind kernels that PyTorch cannot trace ---------------------------------------
-
-
-def _fake_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
-
-
-def _fake_geglu(gate: torch.Tensor, up: torch.Tensor, approximate: str) -> torch.Tensor:
-    return gate.new_empty(gate.shape)
-
-
-SWIGLU = Contract("swiglu", "(Tensor gate, Tensor up) -> Tensor", _fake_swiglu)
-GEGLU = Contract("geglu", "(Tensor gate, Tensor up, str approximate) -> Tensor", _fake_geglu)
-
-
-@SWIGLU.kernel("naive")
-def _swiglu_kernel(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return naive.swiglu(gate.contiguous(), up)
-
-
-@GEGLU.kernel("naive")
-def _geglu_kernel(gate: torch.Tensor, up: torch.Tensor, approximate: str) -> torch.Tensor:
-    return naive.geglu(gate.contiguous(), up, approximate=approximate)

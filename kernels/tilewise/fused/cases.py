@@ -115,6 +115,9 @@ CASES = [
     Case("rms_norm", "residual", _norm(5, 63, residual=True), grad=("x", "weight", "residual")),
     Case("rms_norm", "batch", _norm(2, 3, 127), grad=("x", "weight")),
     Case("rms_norm", "one", _norm(1, 1), grad=("x", "weight")),
+    Case("rms_norm", "narrow", _norm(3, 7, residual=True), grad=("x", "weight", "residual")),
+    Case("rms_norm", "wide", _norm(3, 4097), grad=("x", "weight")),
+    Case("rms_norm", "many", _norm(1500, 17), grad=("x", "weight")),
     Case("rms_norm", "empty", _norm(0, 64)),
     Case("layer_norm", "rows", _norm(7, 576, bias=True), grad=("x", "weight", "bias")),
     Case(
@@ -127,6 +130,16 @@ CASES = [
     # The mean of 30 cancels, and with it that much of the precision.
     Case("layer_norm", "offset", _norm(4, 128, bias=True, offset=30), floors={"output": 30}),
     Case("layer_norm", "one", _norm(1, 1, bias=True)),
+    Case("layer_norm", "narrow", _norm(3, 7, bias=True), grad=("x", "weight", "bias")),
+    Case("layer_norm", "wide", _norm(3, 4097, bias=True), grad=("x", "weight", "bias")),
+    # PyTorch's own weight gradient adds 16-bit rows up in 16 bits, and breaks the rule.
+    Case(
+        "layer_norm",
+        "many",
+        _norm(1500, 17, bias=True),
+        grad=("x", "weight", "bias"),
+        dtypes=(torch.float32,),
+    ),
     Case("layer_norm", "empty", _norm(0, 64, bias=True)),
     Case("rotary_embedding", "halves", _rotary(2, 7, 3, 64, rotary_dim=64), grad=("x",)),
     Case(
@@ -142,23 +155,30 @@ CASES = [
         _rotary(5, 2, 21, rotary_dim=6, interleaved=True),
         grad=("x",),
     ),
+    Case("rotary_embedding", "many", _rotary(150, 5, 34, rotary_dim=34), grad=("x",)),
     Case("rotary_embedding", "one token", _rotary(1, 2, rotary_dim=2)),
     Case("rotary_embedding", "no batch", _rotary(3, 8, rotary_dim=8)),
     Case("rotary_embedding", "empty", _rotary(0, 3, 8, rotary_dim=8)),
     Case("swiglu", "rows", _gated(7, 127), grad=("gate", "up")),
     Case("swiglu", "halves", _halves(3, 5, 126), grad=("gate", "up")),
     Case("swiglu", "large", _gated(3, 63, scale=100)),
+    Case("swiglu", "long", _gated(3, 20001), grad=("gate", "up")),
+    Case("swiglu", "one", _gated(1, 1), grad=("gate", "up")),
     Case("swiglu", "empty", _gated(0, 8)),
     Case("geglu", "tanh", _gated(7, 127, approximate="tanh"), grad=("gate", "up")),
     Case("geglu", "erf", _gated(7, 127, approximate="none"), grad=("gate", "up")),
     Case("geglu", "halves", _halves(3, 5, 126, approximate="tanh"), grad=("gate", "up")),
     Case("geglu", "large", _gated(3, 63, scale=100, approximate="none")),
+    Case("geglu", "long", _halves(3, 40002, approximate="tanh"), grad=("gate", "up")),
+    Case("geglu", "one", _gated(1, 1, approximate="none"), grad=("gate", "up")),
     Case("geglu", "empty", _gated(0, 8, approximate="none")),
     Case("sample", "everything", _sample_everything),
     Case("sample", "per row", _sample_per_row),
     Case("sample", "greedy", _sample(5, 1000, temperature=0)),
     Case("sample", "plain", _sample(5, 1000)),
     Case("sample", "one token", _sample(2, 1)),
+    Case("sample", "top-k", _sample(5, 4097, top_k=50)),
+    Case("sample", "top-p", _sample(5, 4097, top_p=0.9)),
     Case("sample", "hidden", _sample_hidden, poison=_nan_for_hidden),
     Case("sample", "ties", _sample_ties),
     Case("sample", "empty", _sample(0, 64, top_k=5)),
@@ -171,6 +191,7 @@ CASES = [
 def _operator_norm(*names: str) -> Callable[[Inputs], tuple[Any, ...]]:
     def make(inputs: Inputs) -> tuple[Any, ...]:
         arguments = _norm(3, 17, bias=True, residual=True)(inputs)
+        arguments |= {"grad_out": inputs.randn(3, 17), "grad_sum": inputs.randn(3, 17)}
         return tuple(arguments.get(name) for name in names)
 
     return make
@@ -178,7 +199,15 @@ def _operator_norm(*names: str) -> Callable[[Inputs], tuple[Any, ...]]:
 
 def _operator_rotary(inputs: Inputs) -> tuple[Any, ...]:
     arguments = _rotary(5, 2, 20, rotary_dim=6)(inputs)
-    return (arguments["x"], *arguments["tables"][:2], arguments["positions"], True)
+    return (arguments["x"], *arguments["tables"][:2], arguments["positions"], True, True)
+
+
+def _operator_gated(activation: str) -> Callable[[Inputs], tuple[Any, ...]]:
+    return lambda inputs: (*_halves(3, 14)(inputs).values(), activation)
+
+
+def _operator_gated_backward(inputs: Inputs) -> tuple[Any, ...]:
+    return (inputs.randn(3, 7), *_operator_gated("gelu_tanh")(inputs))
 
 
 def _operator_sample(inputs: Inputs) -> tuple[Any, ...]:
@@ -190,10 +219,13 @@ def _operator_sample(inputs: Inputs) -> tuple[Any, ...]:
 OPERATOR_CALLS: list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]] = [
     ("rms_norm", _operator_norm("x", "weight", "eps", "residual")),
     ("rms_norm", _operator_norm("x", "weight", "eps", "none")),
+    ("rms_norm_backward", _operator_norm("grad_out", "grad_sum", "x", "weight", "eps")),
     ("layer_norm", _operator_norm("x", "weight", "bias", "eps", "residual")),
     ("layer_norm", _operator_norm("x", "weight", "none", "eps", "none")),
+    ("layer_norm_backward", _operator_norm("grad_out", "none", "x", "weight", "eps")),
     ("rotary_embedding", _operator_rotary),
-    ("swiglu", lambda inputs: tuple(_halves(3, 14)(inputs).values())),
-    ("geglu", lambda inputs: (*_halves(3, 14)(inputs).values(), "none")),
+    ("gated_activation", _operator_gated("silu")),
+    ("gated_activation", _operator_gated("gelu_erf")),
+    ("gated_activation_backward", _operator_gated_backward),
     ("sample", _operator_sample),
 ]

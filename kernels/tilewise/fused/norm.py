@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import baseline, naive
-from tilewise.library import Contract
+from tilewise.fused import autograd, baseline, naive, native
 
 
 def _check_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -53,7 +54,10 @@ def _cost_rms_norm(
 _RMS_NORM = Op(
     "rms_norm",
     naive.rms_norm,
-    impls=(Impl("torch", baseline.rms_norm),),
+    impls=(
+        Impl("cpu", partial(autograd.rms_norm, "cpu"), native.why_not_norm),
+        Impl("torch", baseline.rms_norm),
+    ),
     check=_check_rms_norm,
     cost=_cost_rms_norm,
 )
@@ -125,7 +129,10 @@ def _cost_layer_norm(
 _LAYER_NORM = Op(
     "layer_norm",
     naive.layer_norm,
-    impls=(Impl("torch", baseline.layer_norm),),
+    impls=(
+        Impl("cpu", partial(autograd.layer_norm, "cpu"), native.why_not_norm),
+        Impl("torch", baseline.layer_norm),
+    ),
     check=_check_layer_norm,
     cost=_cost_layer_norm,
 )
@@ -164,55 +171,3 @@ def layer_norm(
     """
     _check_layer_norm(x, weight, bias, eps, residual=residual, validate=validate)
     return _LAYER_NORM(x, weight, bias, eps, residual=residual, backend=backend)
-
-
-# --- the operators behind kernels that PyTorch cannot trace ---------------------------------------
-# Always two results: without a residual the second is empty.
-
-
-def _fake_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
-
-
-def _fake_layer_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    residual: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
-
-
-RMS_NORM = Contract(
-    "rms_norm",
-    "(Tensor x, Tensor weight, float eps, Tensor? residual) -> (Tensor, Tensor)",
-    _fake_rms_norm,
-)
-LAYER_NORM = Contract(
-    "layer_norm",
-    "(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual) -> (Tensor, Tensor)",
-    _fake_layer_norm,
-)
-
-
-@RMS_NORM.kernel("naive")
-def _rms_norm_kernel(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    result = naive.rms_norm(x.contiguous(), weight, eps, residual=residual)
-    return result if isinstance(result, tuple) else (result, x.new_empty(0))
-
-
-@LAYER_NORM.kernel("naive")
-def _layer_norm_kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    residual: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    result = naive.layer_norm(x.contiguous(), weight, bias, eps, residual=residual)
-    return result if isinstance(result, tuple) else (result, x.new_empty(0))

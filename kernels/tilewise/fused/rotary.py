@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import baseline, naive
+from tilewise.fused import autograd, baseline, naive, native
 from tilewise.fused.tables import RotaryTables
-from tilewise.library import Contract
 
 
 def check_tables(
@@ -77,7 +78,10 @@ def _why_not_auto(x: torch.Tensor, tables: RotaryTables, positions: torch.Tensor
 _ROTARY_EMBEDDING = Op(
     "rotary_embedding",
     naive.rotary_embedding,
-    impls=(Impl("torch", baseline.rotary_embedding, why_not_auto=_why_not_auto),),
+    impls=(
+        Impl("cpu", partial(autograd.rotary_embedding, "cpu"), native.why_not_rotary),
+        Impl("torch", baseline.rotary_embedding, why_not_auto=_why_not_auto),
+    ),
     check=_check,
     cost=_cost,
 )
@@ -116,34 +120,3 @@ def rotary_embedding(
     """
     _check(x, tables, positions, validate=validate)
     return _ROTARY_EMBEDDING(x, tables, positions, backend=backend)
-
-
-# --- the operator behind kernels that PyTorch cannot trace ----------------------------------------
-
-
-def _fake(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-ROTARY_EMBEDDING = Contract(
-    "rotary_embedding",
-    "(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved) -> Tensor",
-    _fake,
-)
-
-
-@ROTARY_EMBEDDING.kernel("naive")
-def _kernel(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    interleaved: bool,
-) -> torch.Tensor:
-    return naive.rotary_embedding(x, RotaryTables(cos, sin, interleaved), positions)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import baseline, naive
-from tilewise.library import Contract
+from tilewise.fused import autograd, baseline, naive, native
 
 _FLOPS_PER_LOGIT = 50  # two logarithms of seven terms, three divisions, and the rest
 
@@ -161,7 +161,10 @@ def _why_not_auto(logits: torch.Tensor, **other: Any) -> str | None:
 _SAMPLE = Op(
     "sample",
     naive.sample,
-    impls=(Impl("torch", baseline.sample, _why_not_torch, _why_not_auto),),
+    impls=(
+        Impl("cpu", partial(autograd.sample, "cpu"), native.why_not_sample),
+        Impl("torch", baseline.sample, _why_not_torch, _why_not_auto),
+    ),
     check=_check,
     cost=_cost,
 )
@@ -233,58 +236,3 @@ def sample(
     }
     _check(logits, **parameters, validate=validate)
     return _SAMPLE(logits, **parameters, backend=backend)
-
-
-# --- the operator behind kernels that PyTorch cannot trace ----------------------------------------
-
-
-def _fake(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    previous_tokens: torch.Tensor | None,
-    seed: int,
-    sample_ids: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
-
-
-SAMPLE = Contract(
-    "sample",
-    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
-    "Tensor repetition_penalty, Tensor? previous_tokens, int seed, Tensor sample_ids, "
-    "Tensor positions) -> Tensor",
-    _fake,
-)
-"""Every parameter has one value per row, so that one kernel serves a mixed batch."""
-
-
-@SAMPLE.kernel("naive")
-def _kernel(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    previous_tokens: torch.Tensor | None,
-    seed: int,
-    sample_ids: torch.Tensor,
-    positions: torch.Tensor,
-) -> torch.Tensor:
-    return naive.sample(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        previous_tokens=previous_tokens,
-        seed=seed,
-        sample_ids=sample_ids,
-        positions=positions,
-    )

@@ -15,7 +15,7 @@ import torch
 
 from tilewise.dispatch import Impl, Op
 from tilewise.fused.tables import RotaryTables
-from tilewise.paged import baseline, naive
+from tilewise.paged import baseline, naive, native
 from tilewise.paged.allocator import OutOfPages, PageAllocator
 from tilewise.paged.cache import LayerCache, PagedKVCache
 from tilewise.paged.checks import check_append_kv, check_paged_attention
@@ -36,12 +36,21 @@ __all__ = [
 _PAGED_ATTENTION = Op(
     "paged_attention",
     naive.paged_attention,
-    impls=(Impl("torch", baseline.paged_attention, baseline.why_not, baseline.why_not_auto),),
+    impls=(
+        Impl("cpu", native.paged_attention, native.why_not_paged_attention),
+        Impl("torch", baseline.paged_attention, baseline.why_not, baseline.why_not_auto),
+    ),
     check=check_paged_attention,
     cost=cost_paged_attention,
 )
 
-_APPEND_KV = Op("append_kv", naive.append_kv, check=check_append_kv, cost=cost_append_kv)
+_APPEND_KV = Op(
+    "append_kv",
+    naive.append_kv,
+    impls=(Impl("cpu", native.append_kv, native.why_not_append_kv),),
+    check=check_append_kv,
+    cost=cost_append_kv,
+)
 
 
 def paged_attention(

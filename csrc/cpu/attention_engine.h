@@ -1,0 +1,106 @@
+// The matrix engine of prefill attention: what multiplies, and how its operands are laid out.
+//
+// The loop over key blocks (attention_prefill.cpp) knows of masks, the online softmax and the
+// sharing of work. It is a template over an engine, which knows of two products: scores of packed
+// queries with packed keys, and weights with packed values. Here is the float32 engine, for every
+// instruction set; an AMX build has one for bfloat16 beside it.
+//
+// What an engine has:
+//
+//   using Element      what queries, keys and values are packed from and to, float or BFloat16.
+//                      Rows of another type are converted to it first.
+//   using Weight       what the softmax writes for `accumulate`: float or BFloat16. It replaces the
+//                      scores in place: both have SCORE_STRIDE * 4 bytes a row.
+//   ROW_BLOCK          query rows of a task (a row is one query of one head of a group)
+//   ROW_STRIP          divides ROW_BLOCK: rows that go through scores, softmax and accumulate
+//                      together, so that their scores stay in the first-level cache
+//   KEY_BLOCK          keys of a block; block b holds keys [b * KEY_BLOCK, (b + 1) * KEY_BLOCK) of
+//                      a sequence, so a row's bits do not depend on which queries come with it
+//   KEY_STEP           divides KEY_BLOCK: ranges of keys below start and end at multiples of it
+//   SCORE_STRIDE       floats from one row of scores to the next, >= KEY_BLOCK
+//
+//   query_size(dim), key_size(dim), value_size(v_dim)
+//                      Elements of ROW_BLOCK packed queries and of KEY_BLOCK packed keys or values,
+//                      multiples of 64 bytes; buffers are 64-byte aligned. Row i of the queries, a
+//                      multiple of ROW_STRIP, starts at query_size / ROW_BLOCK * i.
+//   out_stride(v_dim)  floats from one row of the output sums to the next; the buffer has ROW_BLOCK
+//                      rows and is 64-byte aligned
+//
+//   Engine(dim, v_dim) made once per task and thread (an AMX engine sets its tiles up here and
+//                      gives them back in its destructor)
+//   pack_queries(rows, count, out)    rows[i] points to `dim` elements, i < count <= ROW_BLOCK
+//   pack_keys(rows, count, out)       rows[i] points to `dim` elements. count <= KEY_BLOCK is a
+//   pack_values(rows, count, out)     multiple of KEY_STEP (rows past the sequence's end point to
+//                                     zeros); v_dim elements a row. All finite.
+//   scores(queries, count, keys, begin, end, s)
+//                      s[i * SCORE_STRIDE + j] = queries[i] . keys[j] for i < count <= ROW_STRIP,
+//                      begin <= j < end, which are multiples of KEY_STEP. Rows up to ROW_STRIP may
+//                      be written.
+//   accumulate(weights, count, values, begin, end, out)
+//                      out[i * out_stride + n] += sum over begin <= j < end of
+//                      weights[i * SCORE_STRIDE * 4 / sizeof(Weight) + j] * values[j][n].
+//                      Rows from `count` to ROW_STRIP may hold anything and may be written.
+//
+// `scores` and `accumulate` must give a row the same bits wherever in the block of rows it is, and
+// weights of zero, or leaving them out, must not change any bit of `out`.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/gemm.h"
+
+namespace tilewise {
+
+class FloatEngine {
+ public:
+  using Element = float;
+  using Weight = float;
+  static constexpr int ROW_BLOCK = 96;
+  static constexpr int ROW_STRIP = 24;
+  static constexpr int KEY_BLOCK = 256;
+  static constexpr int KEY_STEP = PANEL;
+  // Rows a power of two apart would share the sets of the first-level cache.
+  static constexpr int SCORE_STRIDE = KEY_BLOCK + 16;
+
+  static int64_t query_size(int64_t dim) { return ROW_BLOCK * query_stride(dim); }
+  static int64_t key_size(int64_t dim) { return packed_size(dim, KEY_BLOCK); }
+  static int64_t value_size(int64_t v_dim) { return packed_size(KEY_BLOCK, v_dim); }
+  static int64_t out_stride(int64_t v_dim) { return round_up(v_dim, PANEL); }
+
+  FloatEngine(int64_t dim, int64_t v_dim) : dim_(dim), v_dim_(v_dim) {}
+
+  void pack_queries(const float* const* rows, int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(out + i * query_stride(dim_), rows[i], dim_ * sizeof(float));
+    }
+  }
+
+  void pack_keys(const float* const* rows, int64_t count, float* out) const {
+    tilewise::pack_columns(rows, dim_, count, out);
+  }
+
+  void pack_values(const float* const* rows, int64_t count, float* out) const {
+    tilewise::pack_rows(rows, count, v_dim_, out, KEY_BLOCK * PANEL);
+  }
+
+  void scores(const float* queries, int64_t count, const float* keys, int64_t begin, int64_t end,
+              float* s) const {
+    multiply(queries, query_stride(dim_), keys + begin * dim_, dim_ * PANEL, count, end - begin,
+             dim_, s + begin, SCORE_STRIDE, false);
+  }
+
+  void accumulate(const float* weights, int64_t count, const float* values, int64_t begin,
+                  int64_t end, float* out) const {
+    const int64_t stride = out_stride(v_dim_);
+    multiply(weights + begin, SCORE_STRIDE, values + begin * PANEL, KEY_BLOCK * PANEL, count,
+             stride, end - begin, out, stride, true);
+  }
+
+ private:
+  static int64_t query_stride(int64_t dim) { return round_up(dim, 16) + 16; }
+
+  int64_t dim_, v_dim_;
+};
+
+}  // namespace tilewise

@@ -1,0 +1,247 @@
+// The matrix engine of prefill attention on AMX tiles, for bfloat16 (see attention_engine.h).
+//
+// The one idea is that the tile unit never drains. The sum over k of one output tile is a chain of
+// products, each of which waits 52 cycles for the one before it while the unit could start another
+// every 16; and a block of four accumulators that begins and ends together leaves it idle for
+// those 52 cycles once a block. So accumulators come in pairs (two row tiles of A by one column
+// tile of B), and a pair starts its chain when the other is half through its own: four chains are
+// in flight all the time, and one pair is stored while the other one computes. Sums over K = 64
+// reach 3.1 TFLOP/s a core this way, where a plain 2 x 2 block reaches 2.2.
+//
+// B is packed tile by tile in the order in which it is read. A comes as rows of tiles (queries,
+// packed) or straight from the softmax, which has written its weights over the scores.
+//
+// Block sizes by calculation, not yet by measurement: a strip of 64 rows by a block of 128 keys, at
+// dim 64 (128), against 48 KB of first-level cache and 48 bytes a cycle from the second level:
+//   packed queries, 64 x dim                     8 KB  (16 KB)
+//   scores, 64 x (128 + 16) floats              36 KB  (36 KB), then weights in half of each row
+//   packed keys = packed values, 128 x dim      16 KB  (32 KB)
+//   output sums, 64 x (dim + 16) floats         20 KB  (36 KB)
+// Tiles take 64 x 128 x dim x 4 / 1024 = 2048 (4096) cycles, the softmax 5.5 cycles per 16 scores =
+// 2816 and perhaps 12 a row = 768. Everything but the scores comes from the second level: 24 bytes
+// a cycle while scores are computed, 54 (51, of twice as many cycles) while weights are applied.
+// Strips of 32 rows by 256 keys take as much room and halve the 768, but use what they stream of
+// keys and values for 32 rows only, which was seen to be bound by the second level.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/attention.h"
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
+
+namespace tilewise {
+
+// C = A B, or += where ADD, by pairs of ROW_TILES x 1 tiles. `depth` tiles are summed over.
+template <int ROW_TILES, bool ADD>
+class TileProduct {
+ public:
+  struct Operands {
+    const char* a;         // tile (i, k) at i * a_tile_row + k * a_tile
+    int64_t a_tile, a_tile_row, a_stride;
+    const char* b;         // tile (k, j) at j * b_column + k * TILE_SIZE
+    int64_t b_column;
+    float* c;              // tile (i, j) at i * TILE_HEIGHT * c_stride + j * 16
+    int64_t c_stride;      // floats
+  };
+
+  static void run(const Operands& x, int64_t depth, int64_t columns) {
+    for (int64_t j = 0; j <= columns; j += 2) {
+      window<0>(x, depth, columns, j);
+      if (j < columns) window<1>(x, depth, columns, j + 1);
+    }
+  }
+
+ private:
+  static constexpr int A = 4, B = 6;  // tiles 0 to 3 are accumulators, those of PAIR from 2 * PAIR
+
+  // The first half of column j's chain, in turns with the second half of the column before.
+  template <int PAIR>
+  static void window(const Operands& x, int64_t depth, int64_t columns, int64_t j) {
+    const int64_t second = depth / 2, first = depth - second;
+    const bool begins = j < columns, ends = j > 0;
+    if (begins) begin<PAIR>(x, j);
+    for (int64_t k = 0; k < first; ++k) {
+      if (ends && k < second) step<1 - PAIR>(x, j - 1, first + k);
+      if (begins) step<PAIR>(x, j, k);
+    }
+    if (ends) end<1 - PAIR>(x, j - 1);
+  }
+
+  template <int PAIR>
+  static void begin(const Operands& x, int64_t j) {
+    if constexpr (ADD) {
+      const float* c = x.c + j * 16;
+      tile_load<2 * PAIR>(c, x.c_stride * 4);
+      if constexpr (ROW_TILES == 2) {
+        tile_load<2 * PAIR + 1>(c + TILE_HEIGHT * x.c_stride, x.c_stride * 4);
+      }
+    } else {
+      tile_zero<2 * PAIR>();
+      if constexpr (ROW_TILES == 2) tile_zero<2 * PAIR + 1>();
+    }
+  }
+
+  template <int PAIR>
+  static void step(const Operands& x, int64_t j, int64_t k) {
+    const char* a = x.a + k * x.a_tile;
+    tile_load<B + PAIR>(x.b + j * x.b_column + k * TILE_SIZE, TILE_BYTES);
+    tile_load<A>(a, x.a_stride);
+    tile_dot_bf16<2 * PAIR, A, B + PAIR>();
+    if constexpr (ROW_TILES == 2) {
+      tile_load<A + 1>(a + x.a_tile_row, x.a_stride);
+      tile_dot_bf16<2 * PAIR + 1, A + 1, B + PAIR>();
+    }
+  }
+
+  template <int PAIR>
+  static void end(const Operands& x, int64_t j) {
+    float* c = x.c + j * 16;
+    tile_store<2 * PAIR>(c, x.c_stride * 4);
+    if constexpr (ROW_TILES == 2) {
+      tile_store<2 * PAIR + 1>(c + TILE_HEIGHT * x.c_stride, x.c_stride * 4);
+    }
+  }
+};
+
+template <int STRIP, int KEYS>
+class AmxEngineOf {
+ public:
+  using Element = BFloat16;
+  using Weight = BFloat16;
+  static constexpr int ROW_BLOCK = 2 * STRIP;
+  static constexpr int ROW_STRIP = STRIP;
+  static constexpr int KEY_BLOCK = KEYS;
+  static constexpr int KEY_STEP = 32;
+  // An odd number of cache lines, so that the 16 rows of a tile lie in 16 different sets; so is
+  // the stride of the output sums.
+  static constexpr int SCORE_STRIDE = KEY_BLOCK + 16;
+
+  // Weights are rounded to bfloat16. A row of fewer than 16 sums may by chance be so much smaller
+  // than what it is summed from that this shows in the result.
+  static bool takes(const Attention& a) {
+    return a.dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.v_dim >= WIDTH;
+  }
+
+  static int64_t query_size(int64_t dim) { return ROW_BLOCK * depth_of(dim) * DEPTH; }
+  static int64_t key_size(int64_t dim) { return KEY_BLOCK * depth_of(dim) * DEPTH; }
+  static int64_t value_size(int64_t v_dim) { return KEY_BLOCK * columns_of(v_dim) * WIDTH; }
+  static int64_t out_stride(int64_t v_dim) { return columns_of(v_dim) / 2 * 2 * WIDTH + WIDTH; }
+
+  AmxEngineOf(int64_t dim, int64_t v_dim) : dim_(dim), v_dim_(v_dim) {}
+
+  // Tile (i, k) has rows 16 i ... and elements 32 k ..., and follows tile (i, k - 1).
+  void pack_queries(const Element* const* rows, int64_t count, Element* out) const {
+    const int64_t depth = depth_of(dim_);
+    for (int64_t i = 0; i < count; ++i) {
+      Element* to = out + i / TILE_HEIGHT * depth * TILE_ELEMENTS + i % TILE_HEIGHT * DEPTH;
+      for (int64_t k = 0; k < depth; ++k) {
+        store_row(to + k * TILE_ELEMENTS, load_row(rows[i] + k * DEPTH, dim_ - k * DEPTH));
+      }
+    }
+  }
+
+  // Tile (k, j) has elements 32 k ... of keys 16 j ..., turned: pairs of elements as rows. It
+  // follows tile (k - 1, j).
+  void pack_keys(const Element* const* rows, int64_t count, Element* out) const {
+    for (int64_t j = 0; j < count; j += WIDTH) {
+      for (int64_t k = 0; k < dim_; k += DEPTH, out += TILE_ELEMENTS) {
+        F32 block[WIDTH];  // 32-bit lanes, each of them two elements
+        for (int i = 0; i < WIDTH; ++i) {
+          block[i] = _mm512_castsi512_ps(load_row(rows[j + i] + k, dim_ - k));
+        }
+        transpose(block);
+        for (int i = 0; i < WIDTH; ++i) {
+          store_row(out + i * DEPTH, _mm512_castps_si512(block[i].v));
+        }
+      }
+    }
+  }
+
+  // Tile (k, n) has elements 16 n ... of values 32 k ..., each row two values zipped. It follows
+  // tile (k - 1, n), and there is room for KEY_BLOCK values a column.
+  void pack_values(const Element* const* rows, int64_t count, Element* out) const {
+    // The unpack instructions zip 64 bits of each 128: here they are put in order again.
+    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const int64_t columns = columns_of(v_dim_);
+    for (int64_t k = 0; k < count; k += 2, out += DEPTH) {
+      for (int64_t n = 0; n < columns; n += 2) {
+        const __m512i even = load_row(rows[k] + n * WIDTH, v_dim_ - n * WIDTH);
+        const __m512i odd = load_row(rows[k + 1] + n * WIDTH, v_dim_ - n * WIDTH);
+        const __m512i low = _mm512_unpacklo_epi16(even, odd);
+        const __m512i high = _mm512_unpackhi_epi16(even, odd);
+        Element* to = out + n * KEY_BLOCK * WIDTH;
+        store_row(to, _mm512_permutex2var_epi64(low, left, high));
+        if (n + 1 < columns) {
+          store_row(to + KEY_BLOCK * WIDTH, _mm512_permutex2var_epi64(low, right, high));
+        }
+      }
+    }
+  }
+
+  void scores(const Element* queries, int64_t count, const Element* keys, int64_t begin,
+              int64_t end, float* s) const {
+    const int64_t depth = depth_of(dim_);
+    const int64_t panel = std::max<int64_t>(2, PANEL_TILES / depth) * WIDTH;
+    for (int64_t j = begin; j < end; j += panel) {
+      const int64_t columns = std::min(panel, end - j) / WIDTH;
+      const Element* b = keys + j * depth * DEPTH;
+      by_row_pairs<false>(
+          count, depth, columns,
+          {bytes(queries), TILE_SIZE, depth * TILE_SIZE, TILE_BYTES, bytes(b), depth * TILE_SIZE,
+           s + j, SCORE_STRIDE});
+    }
+  }
+
+  void accumulate(const Element* weights, int64_t count, const Element* values, int64_t begin,
+                  int64_t end, float* out) const {
+    constexpr int64_t STRIDE = SCORE_STRIDE * sizeof(float);
+    by_row_pairs<true>(count, (end - begin) / DEPTH, columns_of(v_dim_),
+                       {bytes(weights + begin), TILE_BYTES, TILE_HEIGHT * STRIDE, STRIDE,
+                        bytes(values + begin * WIDTH), KEY_BLOCK * WIDTH * 2, out,
+                        out_stride(v_dim_)});
+  }
+
+ private:
+  static constexpr int64_t DEPTH = 32;  // elements of a row of A
+  static constexpr int64_t WIDTH = 16;  // columns of B and C
+  static constexpr int64_t TILE_ELEMENTS = TILE_HEIGHT * DEPTH;
+  static constexpr int64_t PANEL_TILES = 16;  // of keys, kept in the first-level cache
+
+  static int64_t depth_of(int64_t dim) { return (dim + DEPTH - 1) / DEPTH; }
+  static int64_t columns_of(int64_t v_dim) { return (v_dim + WIDTH - 1) / WIDTH; }
+  static const char* bytes(const Element* p) { return reinterpret_cast<const char*>(p); }
+
+  // 32 elements, zeros from `count` on.
+  static __m512i load_row(const Element* p, int64_t count) {
+    if (count >= DEPTH) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
+  }
+  static void store_row(Element* p, __m512i row) { _mm512_store_si512(p, row); }
+
+  template <bool ADD>
+  static void by_row_pairs(int64_t count, int64_t depth, int64_t columns,
+                           typename TileProduct<2, ADD>::Operands x) {
+    int64_t i = 0;
+    for (; i + TILE_HEIGHT < count; i += 2 * TILE_HEIGHT) {
+      TileProduct<2, ADD>::run(x, depth, columns);
+      x.a += 2 * x.a_tile_row;
+      x.c += 2 * TILE_HEIGHT * x.c_stride;
+    }
+    if (i < count) {
+      TileProduct<1, ADD>::run(
+          {x.a, x.a_tile, x.a_tile_row, x.a_stride, x.b, x.b_column, x.c, x.c_stride}, depth,
+          columns);
+    }
+  }
+
+  int64_t dim_, v_dim_;
+  Tiles tiles_;
+};
+
+using AmxEngine = AmxEngineOf<64, 128>;
+
+}  // namespace tilewise

@@ -1,0 +1,42 @@
+// What decode attention has to do: which splits of which requests, and which of them are the same.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/attention.h"
+
+namespace tilewise {
+
+constexpr int64_t DECODE_SPLIT = 512;  // keys
+constexpr int64_t MAX_WORK_ROWS = 64;  // their queries, sums and scores stay in the second-level cache
+
+struct Request {
+  Sequence sequence;
+  int64_t rows;  // of each key head: queries times heads of a group
+  int64_t first_split, splits;
+  int64_t partials;  // number of partial results, per key head, of the requests before
+  int32_t tasks;     // per key head
+};
+
+// One split for some rows of one or more requests, whose keys in it are the same.
+struct Work {
+  int64_t split;
+  int64_t first_request, requests;  // members[first_request ...]
+  int64_t first_row, rows;          // of all the members' rows, one request after the other
+};
+
+struct DecodePlan {
+  DecodePlan(const Attention& a, const Sequence* sequences, int64_t count);
+
+  std::vector<Request> requests;
+  std::vector<int32_t> members;  // indices of requests
+  std::vector<Work> works;
+  int64_t partials;  // of all requests, per key head
+
+ private:
+  void add_split(const Attention& a, int64_t split, std::vector<int32_t>& candidates);
+  void add_work(int64_t split, int64_t first_request);
+};
+
+}  // namespace tilewise

@@ -1,0 +1,154 @@
+// Bindings of attention, dense, ragged and paged.
+#include <algorithm>
+
+#include "cpu/attention.h"
+#include "ops_cpu.h"
+
+namespace tilewise {
+namespace {
+
+// Strides of a (batch, seq, heads, dim) or (tokens, heads, dim) tensor.
+Heads heads_of(const Tensor& t) {
+  const bool dense = t.dim() == 4;
+  return {t.data_ptr(), dense ? t.stride(0) : 0, t.stride(dense), t.stride(dense + 1)};
+}
+
+KeyValues keys_of(const Tensor& t, const OptionalTensor& scale) {
+  const Heads h = heads_of(t);
+  KeyValues kv{h.data, h.batch_stride, h.seq_stride, h.head_stride, nullptr, 0, 0, 0};
+  if (scale) {
+    kv.scale = pointer<float>(scale);
+    kv.scale_page_stride = scale->stride(0);
+    kv.scale_slot_stride = scale->stride(1);
+    kv.scale_head_stride = scale->stride(2);
+  }
+  return kv;
+}
+
+// Strides of a tensor that broadcasts to the scores, which have four dimensions.
+void set_bias_stride(const Tensor& bias, int64_t* stride) {
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t d = i - (4 - bias.dim());
+    stride[i] = d >= 0 && bias.size(d) > 1 ? bias.stride(d) : 0;
+  }
+}
+
+// The options, which the forward and the backward operators share. Sinks and slopes are float32;
+// the bias is bool or float32 and has as many dimensions as the scores.
+void set_options(Attention& a, const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                 const OptionalTensor& bias, bool causal, double scale, int64_t window_left,
+                 int64_t window_right, double softcap) {
+  a.causal = causal;
+  a.scale = static_cast<float>(scale);
+  a.softcap = static_cast<float>(softcap);
+  constexpr int64_t FAR = int64_t{1} << 40;  // beyond any sequence, and safe to add to
+  a.window_left = std::min(window_left, FAR);
+  a.window_right = std::min(window_right, FAR);
+  a.alibi_slopes = pointer<float>(alibi_slopes);
+  a.alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
+  a.sinks = pointer<float>(sinks);
+  a.bias = pointer(bias);
+  if (bias) {
+    a.bias_is_mask = bias->scalar_type() == torch::headeronly::ScalarType::Bool;
+    set_bias_stride(*bias, a.bias_stride);
+    const int64_t dims = bias->dim();
+    a.bias_keys = dims > 0 && bias->size(dims - 1) > 1 ? bias->size(dims - 1) : INT64_MAX;
+  }
+}
+
+Attention describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& k_scale,
+                   const OptionalTensor& v_scale, const OptionalTensor& cu_seqlens_q,
+                   const OptionalTensor& cu_seqlens_k, const OptionalTensor& block_table,
+                   const OptionalTensor& cache_seqlens, const Tensor& out, const Tensor& lse) {
+  Attention a{};
+  a.dtype = dtype_of(q);
+  a.kv_dtype = dtype_of(k);
+  const bool dense = q.dim() == 4;
+  a.heads = q.size(q.dim() - 2);
+  a.dim = q.size(q.dim() - 1);
+  a.v_dim = out.size(out.dim() - 1);
+  a.kv_heads = k.size(k.dim() - 2);
+  a.q = heads_of(q);
+  a.out = heads_of(out);
+  a.k = keys_of(k, k_scale);
+  a.v = keys_of(v, v_scale);
+  a.lse = static_cast<float*>(lse.data_ptr());
+  a.cu_seqlens_q = pointer<int32_t>(cu_seqlens_q);
+  a.cu_seqlens_k = pointer<int32_t>(cu_seqlens_k);
+  a.block_table = pointer<int32_t>(block_table);
+  a.cache_seqlens = pointer<int32_t>(cache_seqlens);
+  if (dense) {
+    a.batch = q.size(0);
+    a.q_len = q.size(1);
+    a.k_len = k.size(1);
+  } else {
+    a.q_tokens = q.size(0);
+    a.batch = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : a.q_tokens;
+  }
+  if (cu_seqlens_k) a.k_tokens = k.size(0);
+  if (block_table) {
+    a.block_table_stride = block_table->stride(0);
+    a.max_pages = block_table->size(1);
+    a.num_pages = k.size(0);
+    a.page_size = k.size(1);
+  }
+  return a;
+}
+
+void attention_op(Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, OptionalTensor v_scale,
+                  OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                  OptionalTensor block_table, OptionalTensor cache_seqlens,
+                  OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor bias,
+                  bool causal, double scale, int64_t window_left, int64_t window_right,
+                  double softcap, Tensor out, Tensor lse) {
+  Attention a = describe(q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table,
+                         cache_seqlens, out, lse);
+  set_options(a, alibi_slopes, sinks, bias, causal, scale, window_left, window_right, softcap);
+  attention_forward(a);
+}
+
+void attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse,
+                           Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
+                           OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
+                           OptionalTensor sinks, OptionalTensor bias, bool causal, double scale,
+                           int64_t window_left, int64_t window_right, double softcap,
+                           Tensor grad_q, Tensor grad_k, Tensor grad_v, OptionalTensor grad_sinks,
+                           OptionalTensor grad_bias) {
+  Attention a = describe(q, k, v, std::nullopt, std::nullopt, cu_seqlens_q, cu_seqlens_k,
+                         std::nullopt, std::nullopt, out, lse);
+  set_options(a, alibi_slopes, sinks, bias, causal, scale, window_left, window_right, softcap);
+  AttentionGradients g{};
+  g.grad_out = heads_of(grad_out);
+  g.grad_lse = pointer<float>(grad_lse);
+  g.grad_q = heads_of(grad_q);
+  g.grad_k = heads_of(grad_k);
+  g.grad_v = heads_of(grad_v);
+  if (grad_sinks) g.grad_sinks = static_cast<float*>(grad_sinks->data_ptr());
+  if (grad_bias) {
+    g.grad_bias = static_cast<float*>(grad_bias->data_ptr());
+    set_bias_stride(*grad_bias, g.grad_bias_stride);
+  }
+  attention_backward(a, g);
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? block_table, Tensor? cache_seqlens, "
+      "Tensor? alibi_slopes, Tensor? sinks, Tensor? bias, bool causal, float scale, "
+      "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, "
+      "Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor? bias, bool causal, float scale, int window_left, int window_right, "
+      "float softcap, Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v, "
+      "Tensor(d!)? grad_sinks, Tensor(e!)? grad_bias) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
+  m.impl("attention", TORCH_BOX(&tilewise::attention_op));
+  m.impl("attention_backward", TORCH_BOX(&tilewise::attention_backward_op));
+}

@@ -1,0 +1,81 @@
+// Bindings of what goes with attention over a paged cache: writing to it, and merging results.
+#include "cpu/append_kv.h"
+#include "cpu/attention.h"
+#include "ops_cpu.h"
+
+namespace tilewise {
+namespace {
+
+AppendSide side_of(const Tensor& x, const Tensor& cache, const OptionalTensor& scale) {
+  AppendSide side{};
+  side.x = x.data_ptr();
+  side.token_stride = x.stride(0);
+  side.x_head_stride = x.stride(1);
+  side.dim = x.size(2);
+  side.cache = cache.data_ptr();
+  side.page_stride = cache.stride(0);
+  side.slot_stride = cache.stride(1);
+  side.head_stride = cache.stride(2);
+  if (scale) {
+    side.scale = static_cast<float*>(scale->data_ptr());
+    side.scale_page_stride = scale->stride(0);
+    side.scale_slot_stride = scale->stride(1);
+    side.scale_head_stride = scale->stride(2);
+  }
+  return side;
+}
+
+void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+                  OptionalTensor cos, OptionalTensor sin, bool interleaved,
+                  OptionalTensor positions, OptionalTensor k_scale, OptionalTensor v_scale) {
+  AppendKV a{};
+  a.dtype = dtype_of(k);
+  a.cache_dtype = dtype_of(k_cache);
+  a.tokens = k.size(0);
+  a.kv_heads = k.size(1);
+  a.num_pages = k_cache.size(0);
+  a.page_size = k_cache.size(1);
+  a.k = side_of(k, k_cache, k_scale);
+  a.v = side_of(v, v_cache, v_scale);
+  a.slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  a.slots_stride = slot_mapping.stride(0);
+  if (cos && sin && positions) {
+    a.cos = pointer<float>(cos);
+    a.sin = pointer<float>(sin);
+    a.cos_stride = cos->stride(0);
+    a.sin_stride = sin->stride(0);
+    a.table_rows = cos->size(0);
+    a.pairs = cos->size(1);
+    a.interleaved = interleaved;
+    a.positions = pointer<int64_t>(positions);
+    a.positions_stride = positions->stride(0);
+  }
+  append_kv(a);
+}
+
+// out_a and out_b are (rows, dim), lse_a and lse_b (rows,), all contiguous.
+void merge_states_op(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor out,
+                     Tensor lse) {
+  merge_states({dtype_of(out_a), out_a.size(0), out_a.size(1), out_a.data_ptr(), out_b.data_ptr(),
+                static_cast<const float*>(lse_a.data_ptr()),
+                static_cast<const float*>(lse_b.data_ptr()), out.data_ptr(),
+                static_cast<float*>(lse.data_ptr())});
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, "
+      "Tensor? cos, Tensor? sin, bool interleaved, Tensor? positions, Tensor(c!)? k_scale, "
+      "Tensor(d!)? v_scale) -> ()");
+  m.def(
+      "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
+  m.impl("append_kv", TORCH_BOX(&tilewise::append_kv_op));
+  m.impl("merge_states", TORCH_BOX(&tilewise::merge_states_op));
+}

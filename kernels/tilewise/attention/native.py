@@ -1,0 +1,247 @@
+"""The C++ kernels of attention: results allocated, options in the form that C++ takes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tilewise import cpu, native
+from tilewise.attention.operators import (
+    FLASH_ATTENTION,
+    FLASH_ATTENTION_BACKWARD,
+    FLASH_ATTENTION_VARLEN,
+    FLASH_ATTENTION_VARLEN_BACKWARD,
+    MERGE_STATES,
+)
+
+
+def why_not(q: torch.Tensor, *others: Any, **options: Any) -> str | None:
+    """Why the C++ kernels cannot take the call."""
+    return cpu.why_not(q)
+
+
+@FLASH_ATTENTION.kernel("cpu")
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend(q, k, v, (None,) * 6, *options)
+
+
+@FLASH_ATTENTION_VARLEN.kernel("cpu")
+def _flash_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend(q, k, v, (None, None, cu_seqlens_q, cu_seqlens_k, None, None), *options)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: tuple[torch.Tensor | None, ...],
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    batch_invariant: bool,
+    v_head_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse. `places` is k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table,
+    cache_seqlens; `v_head_dim` is v's last dimension unless v is packed.
+
+    The kernels are always batch invariant.
+    """
+    out = q.new_empty((*q.shape[:-1], v.shape[-1] if v_head_dim is None else v_head_dim))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    native.cpu_ops().attention(
+        cpu.unit_stride(q),
+        cpu.unit_stride(k),
+        cpu.unit_stride(v),
+        *(None if x is None else x.contiguous() for x in places),
+        *extras(alibi_slopes, sinks, bias),
+        causal,
+        scale,
+        window_left,
+        window_right,
+        softcap,
+        out,
+        lse,
+    )
+    return out, lse
+
+
+def extras(
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Slopes and sinks as float32, the bias as it is where it is a mask."""
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.float()
+    return (
+        None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+        None if sinks is None else sinks.float().contiguous(),
+        bias,
+    )
+
+
+@FLASH_ATTENTION_BACKWARD.kernel("cpu")
+def _flash_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    return _gradients(grad_out, grad_lse, out, lse, q, k, v, (None, None), *options)
+
+
+@FLASH_ATTENTION_VARLEN_BACKWARD.kernel("cpu")
+def _flash_attention_varlen_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    return _gradients(grad_out, grad_lse, out, lse, q, k, v, ends, *options)
+
+
+def _gradients(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None],
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    batch_invariant: bool,
+    needs_grad_bias: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, sinks and bias, those of a missing tensor empty."""
+    grads = [x.new_zeros(x.shape) for x in (q, k, v)]
+    grad_sinks, grad_bias = (
+        x.new_zeros(x.shape, dtype=torch.float32) if x is not None and is_wanted else None
+        for x, is_wanted in ((sinks, True), (bias, needs_grad_bias))
+    )
+    native.cpu_ops().attention_backward(
+        cpu.unit_stride(grad_out),
+        None if grad_lse is None else grad_lse.contiguous(),
+        cpu.unit_stride(out),
+        lse.contiguous(),
+        cpu.unit_stride(q),
+        cpu.unit_stride(k),
+        cpu.unit_stride(v),
+        *cu_seqlens,
+        *extras(alibi_slopes, sinks, bias),
+        causal,
+        scale,
+        window_left,
+        window_right,
+        softcap,
+        *grads,
+        grad_sinks,
+        grad_bias,
+    )
+    extra = (
+        q.new_empty(0) if grad is None or x is None else grad.to(x.dtype)
+        for x, grad in ((sinks, grad_sinks), (bias, grad_bias))
+    )
+    return (*grads, *extra)
+
+
+# --- partial results ------------------------------------------------------------------------------
+
+
+def why_not_merge_states(out_a: torch.Tensor, *others: Any, **named: Any) -> str | None:
+    """Why the C++ kernel cannot take the call."""
+    return cpu.why_not(out_a)
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The naive function of this name, by the C++ kernel."""
+    states = (out_a, lse_a, out_b, lse_b)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        return _MergeStates.apply(*states)
+    merged: tuple[torch.Tensor, torch.Tensor] = MERGE_STATES.op(*states, "cpu")
+    return merged
+
+
+class _MergeStates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = MERGE_STATES.op(*states, "cpu")
+        ctx.save_for_backward(*states, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+        out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
+        is_a, is_b = lse_a > -math.inf, lse_b > -math.inf
+        weight_a = torch.where(is_a, torch.exp(lse_a - lse), 0)
+        weight_b = torch.where(is_b, torch.exp(lse_b - lse), 0)
+        a, b = (
+            torch.where(saw.unsqueeze(-1), out.to(lse.dtype), 0)
+            for saw, out in ((is_a, out_a), (is_b, out_b))
+        )
+        upstream = grad_out.to(lse.dtype)
+        # More weight for one side is less for the other: what counts is how far the two differ.
+        shift = weight_a * weight_b * (upstream * (a - b)).sum(-1)
+        return (
+            (weight_a.unsqueeze(-1) * upstream).to(out_a.dtype),
+            weight_a * grad_lse + shift,
+            (weight_b.unsqueeze(-1) * upstream).to(out_b.dtype),
+            weight_b * grad_lse - shift,
+        )
+
+
+@MERGE_STATES.kernel("cpu")
+def _merge_states_kernel(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+    rows = (-1, out_a.shape[-1]) if out_a.numel() else (0, out_a.shape[-1])
+    native.cpu_ops().merge_states(
+        out_a.reshape(rows).contiguous(),
+        lse_a.reshape(-1).contiguous(),
+        out_b.reshape(rows).contiguous(),
+        lse_b.reshape(-1).contiguous(),
+        out.view(rows),
+        lse.view(-1),
+    )
+    return out, lse

@@ -1,0 +1,165 @@
+"""What the C++ paged cache promises beyond the contracts: which bits may never differ."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tilewise import append_kv, cpu, native, paged_attention, testing
+from tilewise.fused.tables import rotary_tables
+from tilewise.paged import kv_formats, naive
+from tilewise.testing import Inputs
+
+pytestmark = pytest.mark.skipif(
+    bool(cpu.why_not(torch.empty(0))), reason=str(cpu.why_not(torch.empty(0)))
+)
+
+
+def _cache(inputs: Inputs, pages: int, page_size: int, cache: str | None = None) -> dict[str, Any]:
+    shape = (pages, page_size, 2, 32)
+    k, v = inputs.randn(*shape, dtype=torch.float32), inputs.randn(*shape, dtype=torch.float32)
+    if cache is None:
+        return {"k_cache": k, "v_cache": v}
+    dtype = kv_formats.stored_dtype(cache)
+    (k, k_scale), (v, v_scale) = kv_formats.encode(k, dtype), kv_formats.encode(v, dtype)
+    return {"k_cache": k, "v_cache": v, "k_scale": k_scale, "v_scale": v_scale}
+
+
+def _attend(q: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    out, lse = paged_attention(q, **arguments, return_lse=True, backend="cpu")
+    return torch.cat([out, lse.unsqueeze(-1)], -1)
+
+
+def test_pages_change_no_bit() -> None:
+    inputs = Inputs(torch.float32)
+    length = 1500
+    q, cache = inputs.randn(1, 8, 32), _cache(inputs, 1, length)
+    seqlens = torch.tensor([length], dtype=torch.int32)
+    whole = _attend(
+        q, **cache, block_table=torch.zeros(1, 1, dtype=torch.int32), cache_seqlens=seqlens
+    )
+    for page_size in (1, 3, 16, 125):
+        order = inputs.permutation(length // page_size + 1)
+        paged = {}
+        for name, x in cache.items():
+            padded = torch.full((len(order) * page_size, 2, 32), math.nan)
+            padded[:length] = x[0]
+            paged[name] = torch.empty(len(order), page_size, 2, 32)
+            paged[name][order] = padded.view(len(order), page_size, 2, 32)
+        cut = _attend(q, **paged, block_table=order.int()[None], cache_seqlens=seqlens)
+        assert torch.equal(cut, whole), page_size
+
+
+@pytest.mark.parametrize("cache", [None, "int8", "int4"])
+@pytest.mark.parametrize("requests", [3, 40])
+def test_a_shared_prefix_changes_no_bit(cache: str | None, requests: int) -> None:
+    """Requests that share pages are attended to together, and alone they get the same bits."""
+    inputs = Inputs(torch.float32)
+    page_size, shared, own = 16, 70, 3  # 1120 shared tokens: two splits and a part of one
+    arguments = _cache(inputs, shared + own * requests, page_size, cache)
+    first = torch.arange(shared).repeat(requests, 1)
+    table = torch.cat([first, shared + torch.arange(own * requests).view(requests, own)], 1).int()
+    seqlens = (shared * page_size + 1 + inputs.randint(0, own * page_size, requests)).int()
+    seqlens[0] = 600  # ends within the prefix
+    q, slopes = inputs.randn(requests, 8, 32), inputs.rand(8, dtype=torch.float32)
+    options = arguments | {"alibi_slopes": slopes, "window": (900, -1)}
+    together = _attend(q, block_table=table, cache_seqlens=seqlens, **options)
+    for i in range(0, requests, max(1, requests // 5)):
+        one = slice(i, i + 1)
+        alone = _attend(q[one], block_table=table[one], cache_seqlens=seqlens[one], **options)
+        assert torch.equal(alone, together[one]), i
+    truth_options = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+        for name, x in options.items()
+    }
+    places = {"block_table": table, "cache_seqlens": seqlens}
+    expected = naive.paged_attention(q, **places, **options)
+    truth = naive.paged_attention(q.double(), **places, **truth_options)
+    testing.assert_agrees(together[..., :-1].contiguous(), expected, truth)
+
+
+def test_values_that_are_not_finite_reach_only_who_sees_them() -> None:
+    """In every split, a value that one query sees and another does not."""
+    inputs = Inputs(torch.float32)
+    arguments = _cache(inputs, 100, 16)
+    table = inputs.permutation(100).int()[None]
+    places = {"block_table": table, "cache_seqlens": torch.tensor([1600], dtype=torch.int32)}
+    ragged = {"cu_seqlens_q": torch.tensor([0, 3], dtype=torch.int32), "window": (600, -1)}
+    q = inputs.randn(3, 8, 32)
+    clean = _attend(q, **arguments, **places, **ragged)
+    poisoned = {name: x.clone() for name, x in arguments.items()}
+    key = 1597 - 600  # the first that the first query sees; the others do not
+    where = (int(table[0, key // 16]), key % 16)
+    poisoned["v_cache"][where][0, 5] = math.inf
+    out = _attend(q, **poisoned, **places, **ragged)
+    assert torch.equal(out[1:], clean[1:])
+    assert torch.equal(out[0, 4:], clean[0, 4:])
+    assert out[0, :4, :32].isnan().all()
+    assert torch.equal(out[0, :4, 32], clean[0, :4, 32])
+
+
+def test_any_table_and_lengths_are_safe() -> None:
+    inputs = Inputs(torch.float32)
+    arguments = _cache(inputs, 5, 4)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randint(-(2**31), 2**31 - 1, (6, 300), generator=generator).int()
+        table[torch.rand(6, 300, generator=generator) < 0.5] = 2
+        seqlens = torch.randint(-(2**31), 2**31 - 1, (6,), generator=generator).int()
+        cu_seqlens = torch.randint(-3, 12, (7,), generator=generator).int()
+        for ragged in ({}, {"cu_seqlens_q": cu_seqlens}):
+            out = paged_attention(
+                inputs.randn(6, 8, 32),
+                **arguments,
+                block_table=table,
+                cache_seqlens=seqlens,
+                **ragged,
+                backend="cpu",
+            )
+            assert out.shape == (6, 8, 32)
+
+
+@pytest.mark.parametrize("dtype", testing.HALF_AND_SINGLE)
+@pytest.mark.parametrize("cache", ["int8", "fp8", "int4"])
+def test_appended_bytes_are_the_definitions(dtype: torch.dtype, cache: str) -> None:
+    inputs = Inputs(dtype)
+    tokens, dim = 33, 30
+    k, v = inputs.randn(tokens, 3, dim), inputs.randn(tokens, 3, dim)
+    k[3], v[4, 1, 2], k[5, 0, 0], v[6] = 0, math.nan, math.inf, 1e-7
+    if dtype != torch.float16:
+        k[7], k[8] = 1e-38, 1e38
+    stored = kv_formats.stored_dtype(cache)
+    width = kv_formats.stored_width("k", dim, stored)
+    results = []
+    for backend in ("naive", "cpu"):
+        caches = [torch.zeros(9, 4, 3, width, dtype=stored) for _ in range(2)]
+        scales = [torch.zeros(9, 4, 3) for _ in range(2)]
+        append_kv(
+            k,
+            v,
+            *caches,
+            torch.arange(tokens),
+            rotary=rotary_tables(20, 50),
+            positions=torch.arange(tokens),
+            k_scale=scales[0],
+            v_scale=scales[1],
+            backend=backend,
+        )
+        results.append([x.view(torch.uint8) for x in caches] + [x.nan_to_num(-1) for x in scales])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_tensor_of_no_pages_still_has_a_table() -> None:
+    assert native.why_not_cpu() is None
+    out = paged_attention(
+        torch.ones(2, 2, 32),
+        **_cache(Inputs(torch.float32), 1, 4),
+        block_table=torch.empty(2, 0, dtype=torch.int32),
+        cache_seqlens=torch.tensor([0, 7], dtype=torch.int32),
+        backend="cpu",
+    )
+    assert torch.equal(out, torch.zeros(2, 2, 32))
