@@ -5,8 +5,10 @@
 // registers for the whole depth: TILE_ROWS x 2 vectors of it, two of B and one of A fill the
 // register file, and its 12 (or 24) independent chains hide the latency of a multiply-add.
 //
-// Every element of C is one chain of multiply-adds over k = 0, 1, 2, ...: its bits depend on
-// nothing but its own row of A and column of B, wherever in a tile it falls.
+// Every element of C is a chain of multiply-adds over k = 0, 1, 2, ... which begins with zero and is
+// added to C at its end, every PANEL_DEPTH: its bits depend on nothing but its own row of A and
+// column of B, wherever in a tile it falls. A chain that went on from call to call would round worse:
+// its error grows with its length, and thousands of keys are summed.
 //
 // Source: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
 #pragma once
@@ -20,7 +22,7 @@ namespace tilewise {
 
 constexpr int PANEL = 2 * F32::WIDTH;                          // columns of a panel of B
 constexpr int TILE_ROWS = F32::WIDTH == 16 ? 12 : 6;           // rows of C in registers
-constexpr int64_t PANEL_DEPTH = F32::WIDTH == 16 ? 192 : 256;  // of B in the first-level cache
+constexpr int64_t PANEL_DEPTH = 256;                           // of B in the first-level cache
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -38,13 +40,7 @@ inline void multiply_tile(const float* __restrict a, int64_t a_stride, const flo
   F32 sum[ROWS][2];
   const int right = columns - W;
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    float* row = c + r * c_stride;
-    sum[r][0] = !accumulate ? F32::zero() : right >= 0 ? load(row) : load_partial(row, columns);
-    sum[r][1] = !accumulate || right <= 0 ? F32::zero()
-                : right >= W              ? load(row + W)
-                                          : load_partial(row + W, right);
-  }
+  for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = F32::zero();
   for (int64_t k = 0; k < depth; ++k) {
     const F32 b0 = load(b + k * PANEL), b1 = load(b + k * PANEL + W);
 #pragma GCC unroll 16
@@ -57,6 +53,12 @@ inline void multiply_tile(const float* __restrict a, int64_t a_stride, const flo
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) {
     float* row = c + r * c_stride;
+    if (accumulate) {
+      sum[r][0] = sum[r][0] + (right >= 0 ? load(row) : load_partial(row, columns));
+      if (right > 0) {
+        sum[r][1] = sum[r][1] + (right >= W ? load(row + W) : load_partial(row + W, right));
+      }
+    }
     if (right >= W) {
       store(row, sum[r][0]);
       store(row + W, sum[r][1]);
