@@ -7,7 +7,7 @@ import torch
 
 import tilewise
 from tilewise import native
-from tilewise.testing import Inputs
+from tilewise.testing import Case, Inputs, check_case
 
 pytestmark = pytest.mark.skipif(native.why_not_cpu() is not None, reason=str(native.why_not_cpu()))
 
@@ -30,6 +30,17 @@ def _same_bits(a, b):
 def _attend(q, k, v, backend="cpu", **options):
     options = {"causal": True, "return_lse": True} | options
     return tilewise.flash_attention(q, k, v, backend=backend, **options)
+
+
+@pytest.mark.parametrize("keys", [2048, 8192])
+def test_a_sum_over_thousands_of_keys_keeps_the_agreement_rule(keys):
+    """Summed in one chain of additions it would not: the error of a chain grows with its length."""
+
+    def make(inputs):
+        _, k, v = _qkv(inputs, keys, heads=2, kv_heads=1, dim=64)
+        return {"q": inputs.randn(1, 64, 2, 64), "k": k, "v": v}
+
+    check_case(Case("flash_attention", f"{keys} keys", make), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

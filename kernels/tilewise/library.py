@@ -84,6 +84,15 @@ class Contract:
         return kernel(*arguments)
 
 
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether PyTorch would record a gradient for a call with these tensors."""
+    if torch.is_grad_enabled():
+        for x in tensors:  # a generator for any() would cost more than the rest
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
 def _split(schema: str) -> tuple[str, str]:
     arguments, results = schema.rsplit("->", 1)
     arguments = arguments.strip()

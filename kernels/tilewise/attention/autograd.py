@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tilewise.attention import operators
+from tilewise.library import needs_grad
 
 
 def flash_attention(
@@ -80,9 +81,7 @@ def _attention(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and lse, through the autograd function only where a gradient is needed: it costs 4 us."""
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, sinks, bias)
-    ):
+    if needs_grad(q, k, v, sinks, bias):
         q, k, v, *cu_seqlens = _distinct(q, k, v, *ragged[:2])
         ragged = (*cu_seqlens, *ragged[2:])
         return _Attention.apply(q, k, v, sinks, bias, alibi_slopes, options, backend, *ragged)

@@ -16,6 +16,7 @@ from tilewise.attention.operators import (
     FLASH_ATTENTION_VARLEN_BACKWARD,
     MERGE_STATES,
 )
+from tilewise.library import needs_grad
 
 
 def why_not(q: torch.Tensor, *others: Any, **options: Any) -> str | None:
@@ -195,7 +196,7 @@ def merge_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The naive function of this name, by the C++ kernel."""
     states = (out_a, lse_a, out_b, lse_b)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+    if needs_grad(*states):
         return _MergeStates.apply(*states)
     merged: tuple[torch.Tensor, torch.Tensor] = MERGE_STATES.op(*states, "cpu")
     return merged

@@ -23,15 +23,7 @@ from tilewise.fused.operators import (
     SAMPLE,
 )
 from tilewise.fused.tables import RotaryTables
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:  # a generator for any() would cost more than the rest
-            if x is not None and x.requires_grad:
-                return True
-    return False
-
+from tilewise.library import needs_grad
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -45,7 +37,7 @@ def rms_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The naive function of this name, by the kernels of `backend`."""
-    if _needs_grad(x, weight, residual):
+    if needs_grad(x, weight, residual):
         return _Norm.apply(backend, False, x, weight, None, eps, residual)  # type: ignore[no-any-return]
     out, total = RMS_NORM(x, weight, eps, residual, backend)
     return out if residual is None else (out, total)
@@ -61,7 +53,7 @@ def layer_norm(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The naive function of this name, by the kernels of `backend`."""
-    if _needs_grad(x, weight, bias, residual):
+    if needs_grad(x, weight, bias, residual):
         return _Norm.apply(backend, True, x, weight, bias, eps, residual)  # type: ignore[no-any-return]
     out, total = LAYER_NORM(x, weight, bias, eps, residual, backend)
     return out if residual is None else (out, total)
@@ -118,7 +110,7 @@ def rotary_embedding(
     backend: str, x: torch.Tensor, tables: RotaryTables, positions: torch.Tensor
 ) -> torch.Tensor:
     """The naive function of this name, by the kernels of `backend`."""
-    if _needs_grad(x):
+    if needs_grad(x):
         return _Rotary.apply(backend, x, *tables, positions)  # type: ignore[no-any-return]
     return ROTARY_EMBEDDING(x, tables[0], tables[1], positions, tables[2], False, backend)  # type: ignore[no-any-return]
 
@@ -163,7 +155,7 @@ def geglu(
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, activation: str, backend: str) -> torch.Tensor:
-    if _needs_grad(gate, up):
+    if needs_grad(gate, up):
         return _Gated.apply(gate, up, activation, backend)  # type: ignore[no-any-return]
     return GATED_ACTIVATION(gate, up, activation, backend)  # type: ignore[no-any-return]
 

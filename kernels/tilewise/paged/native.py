@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from tilewise import cpu, native
 from tilewise.attention.native import attend
 from tilewise.fused.tables import RotaryTables
+from tilewise.library import needs_grad
 from tilewise.paged import kv_formats, naive
 from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION
 
@@ -26,7 +27,7 @@ def why_not_paged_attention(
     **options: Any,
 ) -> str | None:
     """Why the C++ kernel cannot take the call."""
-    if torch.compiler.is_compiling() and _needs_grad(q, k_cache, others[0], sinks, bias):
+    if torch.compiler.is_compiling() and needs_grad(q, k_cache, others[0], sinks, bias):
         return "torch.compile cannot trace its gradient, which is the naive function's"
     return cpu.why_not(q) or _why_not_cache(k_cache, k_scale, v_scale)
 
@@ -42,15 +43,11 @@ def why_not_append_kv(
     **options: Any,
 ) -> str | None:
     """Why the C++ kernel cannot take the call."""
-    if _needs_grad(k, v, k_cache):
+    if needs_grad(k, v, k_cache):
         return "has no gradient"
     if rotary is not None and {rotary.cos.dtype, rotary.sin.dtype} != {torch.float32}:
         return "needs float32 tables"
     return cpu.why_not(k) or _why_not_cache(k_cache, k_scale, v_scale)
-
-
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _why_not_cache(
@@ -91,7 +88,7 @@ def paged_attention(
     places = (block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale)
     options = (causal, scale, *window, softcap, alibi_slopes)
     arguments = (q, k_cache, v_cache, sinks, bias, places, options, batch_invariant)
-    run = _PagedAttention.apply if _needs_grad(q, k_cache, v_cache, sinks, bias) else _forward
+    run = _PagedAttention.apply if needs_grad(q, k_cache, v_cache, sinks, bias) else _forward
     out, lse = run(*arguments)
     return (out, lse) if return_lse else out
 
