@@ -221,7 +221,9 @@ class GPT(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.config.tied_embeddings and isinstance(self.embedding, QuantEmbedding):
+            act = self.head.act
             self.tie_head()  # PyTorch moves buffers one by one, shared or not
+            self.head.act = act
         return self
 
     @property

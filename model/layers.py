@@ -13,7 +13,17 @@ from tilewise.model.config import GPTConfig
 from tilewise.moe import moe
 from tilewise.quant import QuantizedTensor, QuantLinear
 
-__all__ = ["Experts", "HeadNorm", "Norm", "QuantEmbedding", "RowBlocks", "Weight", "linear", "put"]
+__all__ = [
+    "Experts",
+    "HeadNorm",
+    "Norm",
+    "QuantEmbedding",
+    "RowBlocks",
+    "Weight",
+    "linear",
+    "put",
+    "set_act",
+]
 
 Weight: TypeAlias = torch.Tensor | QuantizedTensor
 
@@ -143,3 +153,20 @@ def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
         else:
             delattr(module, name)  # a parameter's name does not take anything else
             setattr(module, name, weight)
+
+
+def set_act(model: nn.Module, act: str | None) -> None:
+    """Have every quantized linear layer take its activations in this mode.
+
+    Args:
+        model: embedding tables in it multiply nothing, and experts have no such mode.
+        act: of `tilewise.quantized_matmul`: None, or "int8".
+
+    Raises:
+        ValueError: for a mode that does not exist.
+    """
+    if act not in (None, "int8"):
+        raise ValueError(f"act: must be None or 'int8', got {act!r}")
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and not isinstance(module, QuantEmbedding):
+            module.act = act

@@ -13,6 +13,7 @@ from tilewise.model.config import ModelError
 from tilewise.model.generate import LanguageModel
 from tilewise.model.gguf_checkpoint import open_gguf
 from tilewise.model.hf_checkpoint import open_folder
+from tilewise.model.layers import set_act
 
 __all__ = ["find", "load"]
 
@@ -24,6 +25,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    act: str | None = None,
 ) -> LanguageModel:
     """Load a language model.
 
@@ -34,6 +36,9 @@ def load(
             safetensors and, to encode text, tokenizer.json.
         dtype: of the weights that are not quantized, and of the activations.
         device: where to put the weights.
+        act: "int8" rounds what enters each quantized linear layer to int8, as
+            `tilewise.quantized_matmul` says: faster, and less exact. Mixtures of experts are left
+            as they are.
 
     Returns:
         The model with its tokenizer and chat template.
@@ -41,7 +46,7 @@ def load(
     Raises:
         ModelError: in one line, if there is no such file, it is no model, it is damaged, or its
             architecture is not supported.
-        ValueError: for a dtype that a model cannot have.
+        ValueError: for a dtype that a model cannot have, or an `act` that does not exist.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
@@ -53,6 +58,7 @@ def load(
         raise ModelError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:  # what is wrong, from whatever found it, gets its file's name here
         raise ModelError(f"{path}: {error}") from error
+    set_act(gpt, act)
     return LanguageModel(
         gpt, checkpoint.tokenizer, checkpoint.chat_template, name=path.stem or str(path)
     )

@@ -144,6 +144,32 @@ def test_compiles_without_a_break(model):
     assert torch.equal(compiled(x), model(x))
 
 
+def test_int8_activations_are_those_of_the_function():
+    weight = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), "int4")
+    bias = torch.ones(8)
+    exact, rounded = QuantLinear(weight, bias), QuantLinear(weight, bias, act="int8")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(rounded(x), quantized_matmul(x, weight, bias, act="int8"))
+    assert not torch.equal(rounded(x), exact(x))
+    assert repr(rounded) == repr(exact)[:-1] + ", act=int8)"
+    exact.act = "int8"
+    assert torch.equal(exact(x), rounded(x))
+
+
+def test_how_activations_are_taken_is_not_stored():
+    weight = quantize(torch.ones(8, 64))
+    stored, loaded = QuantLinear(weight, act="int8"), QuantLinear(weight)
+    loaded.load_state_dict(stored.state_dict())
+    assert loaded.act is None
+    assert copy.deepcopy(stored).half().act == "int8"
+
+
+def test_a_mode_of_activations_that_does_not_exist():
+    layer = QuantLinear(quantize(torch.ones(8, 64)), act="int4")
+    with pytest.raises(ValueError, match="act: must be None or 'int8', got 'int4'"):
+        layer(torch.ones(64))
+
+
 def test_says_what_it_is():
     assert repr(quantize_(nn.Linear(64, 8, bias=False), "int4", group_size=32)) == (
         "QuantLinear(in_features=64, out_features=8, bias=False, format=int4, group_size=32, "

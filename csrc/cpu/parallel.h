@@ -27,4 +27,13 @@ inline int64_t rows_per_task(int64_t row_elements) {
   return row_elements >= ELEMENTS ? 1 : ELEMENTS / (row_elements > 0 ? row_elements : 1);
 }
 
+// body(row) for every row.
+template <class F>
+inline void parallel_rows(int64_t rows, int64_t row_elements, const F& body) {
+  const int64_t each = rows_per_task(row_elements);
+  parallel((rows + each - 1) / each, [&](int64_t task) {
+    for (int64_t i = task * each; i < rows && i < (task + 1) * each; ++i) body(i);
+  });
+}
+
 }  // namespace tilewise

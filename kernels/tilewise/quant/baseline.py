@@ -8,7 +8,7 @@ that add up one product after the other, with more rounding error than the rule 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -82,8 +82,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
         ctx.weight = weight
         rows = _aligned(x.reshape(-1, x.shape[-1]).contiguous())
-        if weight.scales is not None and weight.format == "int8":
-            scales = weight.scales.flatten().bfloat16()
+        if weight.format == "int8":
+            weight = weight.to_rows()
+            scales = cast(torch.Tensor, weight.scales).flatten().bfloat16()
             y = torch._weight_int8pack_mm(rows, _aligned(weight.data.contiguous()), scales)
         else:
             packed, scales = _int4_packed(weight)
@@ -116,6 +117,7 @@ def _int4_packed(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _pack_int4(weight: QuantizedTensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's weight is (code - 8) * scale + offset."""
+    weight = weight.to_rows()
     if weight.scales is not None:
         codes = unpack_nibbles(weight.data)
         scale = weight.scales.float()

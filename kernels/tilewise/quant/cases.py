@@ -112,6 +112,7 @@ _EVEN = {
 _GGUF = [name for name, form in FORMATS.items() if form.is_gguf]
 
 
+_SINGLE = (torch.float32,)
 _BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
 """For what PyTorch's kernels take: contracts that are tried in one dtype take the first."""
 
@@ -128,6 +129,12 @@ CASES = [
     # Odd in every dimension: K leaves a group unfinished, and nothing is a multiple of a vector.
     *(_case(f"{name}-odd", _product(make, 3, 63, 79)) for name, make in _FORMATS.items()),
     *(_case(f"{name}-odd", _product(_gguf(name), 3, 63, 512)) for name in _GGUF),
+    # So many rows that kernels widen blocks of the weight instead of single weights.
+    *(
+        _case(f"{name}-rows", _product(make, 13, 50, 333), dtypes=_SINGLE)
+        for name, make in _FORMATS.items()
+    ),
+    *(_case(f"{name}-rows", _product(_gguf(name), 13, 50, 512), dtypes=_SINGLE) for name in _GGUF),
     # What a vectorized kernel likes, PyTorch's among them.
     *(
         _case(f"{name}-even", _product(make, 17, 32, 128), dtypes=_BFLOAT16_FIRST)
@@ -144,6 +151,11 @@ CASES = [
         _case(name, _product(_INT4, 3, 16, 64, bias=True, activation=name), "bias")
         for name in ("gelu", "gelu_tanh", "silu", "swiglu")
     ),
+    # Halves that meet within 16 rows of the weight, and between them.
+    *(
+        _case(f"swiglu-{n}", _product(_INT8, 3, n, 64, activation="swiglu", residual=True))
+        for n in (42, 96)
+    ),
     _case("residual", _product(_INT8, (2, 2), 32, 64, residual=True), "residual"),
     _case("adapter", _product(_INT4, 3, 16, 64, rank=4)),
     _case(
@@ -153,11 +165,10 @@ CASES = [
         "residual",
     ),
     *(
-        _case(f"act-int8-{name}", _product(make, 3, 31, 77, bias=True, act="int8"), "bias")
+        _case(f"act-int8-{name}", _product(make, 7, 31, 77, bias=True, act="int8"), "bias")
         for name, make in _FORMATS.items()
-        if name in ("int8", "int4-g64", "mxfp4")
     ),
-    _case("act-int8-Q8_0", _product(_gguf("Q8_0"), 3, 31, 96, act="int8")),
+    *(_case(f"act-int8-{name}", _product(_gguf(name), 7, 31, 256, act="int8")) for name in _GGUF),
     _case("act-int8-everything", _product(_INT4, 3, 16, 64, residual=True, rank=3, act="int8")),
 ]
 
@@ -174,6 +185,15 @@ def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
     return call
 
 
+def _backward_call(weight: MakeWeight) -> Callable[[Inputs], tuple[Any, ...]]:
+    def call(inputs: Inputs) -> tuple[Any, ...]:
+        w = weight(inputs, 16, 256)
+        grad = inputs.randn(2, 3, 16, dtype=torch.float32)
+        return (grad, w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros)
+
+    return call
+
+
 OPERATOR_CALLS = [
     ("quantized_matmul", _operator_call(_product(_INT4, 3, 16, 64))),
     ("quantized_matmul", _operator_call(_product(_gguf("Q4_K"), 3, 8, 256, bias=True))),
@@ -183,4 +203,6 @@ OPERATOR_CALLS = [
             _product(_INT8, 3, 16, 32, activation="swiglu", residual=True, rank=2, act="int8")
         ),
     ),
+    ("quantized_matmul_backward", _backward_call(_INT4)),
+    ("quantized_matmul_backward", _backward_call(_gguf("Q6_K"))),
 ]

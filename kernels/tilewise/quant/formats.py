@@ -7,6 +7,9 @@ Two families. Our own formats keep codes, scales and zero points in three tensor
 with one scale (and zero) for each `group_size` consecutive weights of a row, or for the whole row
 (`group_size=-1`). The GGUF formats keep the bytes of the file untouched in `data`.
 
+A weight is made, stored and moved between devices as rows. The C++ kernels read panels, the same
+bytes in another order (`tilewise.quant.panels`), to which and from which a weight can be turned.
+
 Group scales are float16: 11 significant bits are far more than a 4-bit code can tell apart, and at
 group 32 a float32 scale would cost a whole bit per weight. A row's single scale is float32, which
 costs nothing. `quantize` falls back to float32 for a tensor whose scales float16 cannot hold.
@@ -23,6 +26,15 @@ import torch
 
 from tilewise.quant import blocks
 from tilewise.quant.packing import E2M1, NF4, look_up, trim, unpack_nibbles
+from tilewise.quant.panels import (
+    PANEL_ROWS,
+    Units,
+    alternate_groups,
+    groups_from_panels,
+    panels_from_rows,
+    rows_from_panels,
+    select_rows,
+)
 
 PER_CHANNEL = -1
 """The `group_size` of one scale per row."""
@@ -45,6 +57,7 @@ class Format:
         scale_dtypes: of `scales`; empty where `data` holds the scales.
         zero: what is subtracted from the codes of a tensor without `zeros`.
         code_range: lowest and highest code of an integer format, which may have `zeros`.
+        units: what stays together when rows become panels; a block of them, or 32 weights.
     """
 
     name: str
@@ -56,6 +69,12 @@ class Format:
     scale_dtypes: tuple[torch.dtype, ...] = ()
     zero: int = 0
     code_range: tuple[int, int] | None = None
+    units: Units = ((16, 4),)
+
+    @property
+    def panel_block_bytes(self) -> int:
+        """The bytes of a row that `units` describes."""
+        return sum(size for size, _ in self.units)
 
     @property
     def is_gguf(self) -> bool:
@@ -79,12 +98,16 @@ class Format:
 
 
 def _gguf(
-    name: str, block_size: int, block_bytes: int, decode: Callable[[torch.Tensor], torch.Tensor]
+    name: str, block_size: int, units: Units, decode: Callable[[torch.Tensor], torch.Tensor]
 ) -> Format:
+    block_bytes = sum(size for size, _ in units)
+
     def decode_rows(data: torch.Tensor) -> torch.Tensor:
         return decode(data.unflatten(-1, (data.shape[-1] // block_bytes, block_bytes))).flatten(-2)
 
-    return Format(name, torch.uint8, block_size, block_bytes, decode_rows, (block_size,))
+    return Format(
+        name, torch.uint8, block_size, block_bytes, decode_rows, (block_size,), units=units
+    )
 
 
 def _to_float(data: torch.Tensor) -> torch.Tensor:
@@ -115,6 +138,7 @@ FORMATS: dict[str, Format] = {
             group_sizes=(PER_CHANNEL, 32, 64, 128),
             scale_dtypes=_FLOAT_SCALES,
             code_range=(-128, 127),
+            units=((32, 4),),
         ),
         Format(
             "int4",
@@ -144,6 +168,7 @@ FORMATS: dict[str, Format] = {
             decode=_to_float,
             group_sizes=(PER_CHANNEL, 32, 64, 128),
             scale_dtypes=_FLOAT_SCALES,
+            units=((32, 4),),
         ),
         Format(
             "mxfp4",
@@ -154,16 +179,16 @@ FORMATS: dict[str, Format] = {
             group_sizes=(32,),
             scale_dtypes=(torch.uint8,),
         ),
-        _gguf("Q4_0", 32, 18, blocks.q4_0),
-        _gguf("Q4_1", 32, 20, blocks.q4_1),
-        _gguf("Q5_0", 32, 22, blocks.q5_0),
-        _gguf("Q5_1", 32, 24, blocks.q5_1),
-        _gguf("Q8_0", 32, 34, blocks.q8_0),
-        _gguf("Q2_K", 256, 84, blocks.q2_k),
-        _gguf("Q3_K", 256, 110, blocks.q3_k),
-        _gguf("Q4_K", 256, 144, blocks.q4_k),
-        _gguf("Q5_K", 256, 176, blocks.q5_k),
-        _gguf("Q6_K", 256, 210, blocks.q6_k),
+        _gguf("Q4_0", 32, ((2, 2), (16, 4)), blocks.q4_0),
+        _gguf("Q4_1", 32, ((4, 2), (16, 4)), blocks.q4_1),
+        _gguf("Q5_0", 32, ((2, 2), (20, 4)), blocks.q5_0),
+        _gguf("Q5_1", 32, ((4, 2), (20, 4)), blocks.q5_1),
+        _gguf("Q8_0", 32, ((2, 2), (32, 4)), blocks.q8_0),
+        _gguf("Q2_K", 256, ((80, 4), (4, 2)), blocks.q2_k),
+        _gguf("Q3_K", 256, ((108, 4), (2, 2)), blocks.q3_k),
+        _gguf("Q4_K", 256, ((4, 2), (140, 4)), blocks.q4_k),
+        _gguf("Q5_K", 256, ((4, 2), (172, 4)), blocks.q5_k),
+        _gguf("Q6_K", 256, ((208, 4), (2, 2)), blocks.q6_k),
     )
 }
 """Every format by name."""
@@ -186,11 +211,12 @@ class QuantizedTensor:
         group_size: consecutive weights of a row that share a scale, -1 for the whole row; for a
             GGUF format the weights of a block.
         data: the codes (int4, nf4, mxfp4: two per byte, see `tilewise.quant.packing`), or for a
-            GGUF format the file's bytes, (..., N, bytes of a row).
+            GGUF format the file's bytes, (..., N, bytes of a row); as panels uint8 (..., panels,
+            blocks, bytes of a block of 16 rows), which has one dimension more.
         scales: (..., N, groups), float16 or float32; for mxfp4 uint8, the exponent of a power of
-            two with bias 127 (E8M0). None for GGUF.
-        zeros: (..., N, groups), `data`'s dtype: the code of 0.0 in an asymmetric int8 or int4
-            tensor. None stands for 0 (int8) and 8 (int4).
+            two with bias 127 (E8M0). None for GGUF. As panels (..., panels, groups, 16).
+        zeros: as `scales`, int8 or uint8: the code of 0.0 in an asymmetric int8 or int4 tensor.
+            None stands for 0 (int8) and 8 (int4).
 
     Raises:
         ValueError: if the parts do not fit together.
@@ -215,8 +241,17 @@ class QuantizedTensor:
                 f"shape: {form.name} needs K to be a multiple of {form.block_size}, "
                 f"got {self.shape[-1]}"
             )
+        data = form.data_shape(self.shape, self.group_size)
         grouped = form.scales_shape(self.shape, self.group_size)
-        _check_part("data", self.data, form, (form.data_dtype,), self._data_shape())
+        data_dtype = form.data_dtype
+        if self.is_panels:
+            *stack, n, row_bytes = data
+            panels = -(-n // PANEL_ROWS)
+            blocks = -(-row_bytes // form.panel_block_bytes)
+            data = (*stack, panels, blocks, PANEL_ROWS * form.panel_block_bytes)
+            grouped = (*stack, panels, grouped[-1], PANEL_ROWS)
+            data_dtype = torch.uint8
+        _check_part("data", self.data, form, (data_dtype,), data)
         if form.is_gguf != (self.scales is None):
             verb = "holds no" if form.is_gguf else "needs"
             raise ValueError(f"scales: {form.name} {verb} scales of its own")
@@ -227,11 +262,10 @@ class QuantizedTensor:
                 raise ValueError(f"zeros: {form.name} has no zero points")
             _check_part("zeros", self.zeros, form, (form.data_dtype,), grouped)
 
-    def _data_shape(self) -> tuple[int, ...]:
-        return FORMATS[self.format].data_shape(self.shape, self.group_size)
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights, (..., N, K): computed in float32, then rounded to `dtype`."""
+        if self.is_panels:
+            return self.to_rows().dequantize(dtype)
         form = FORMATS[self.format]
         values = form.decode(self.data)
         if self.scales is not None:
@@ -243,6 +277,60 @@ class QuantizedTensor:
                 values.sub_(form.zero)
             values = values.mul_(decode_scales(self.scales).unsqueeze(-1)).flatten(-2)
         return trim(values, self.shape[-1]).to(dtype)
+
+    @property
+    def is_panels(self) -> bool:
+        """Whether the parts lie in panels of 16 rows, as the C++ kernels read them, or in rows."""
+        return self.data.dim() == len(self.shape) + 1
+
+    def to_panels(self) -> QuantizedTensor:
+        """The same weight in panels, for the C++ kernels: a copy, and exact."""
+        if self.is_panels:
+            return self
+        form = FORMATS[self.format]
+        data = panels_from_rows(self.data.view(torch.uint8), form.panel_block_bytes, form.units)
+        scales_and_zeros = (
+            None if part is None else alternate_groups(part) for part in (self.scales, self.zeros)
+        )
+        return self._with(data, *scales_and_zeros)
+
+    def to_rows(self) -> QuantizedTensor:
+        """The same weight in rows."""
+        if not self.is_panels:
+            return self
+        form = FORMATS[self.format]
+        n, row_bytes = form.data_shape(self.shape, self.group_size)[-2:]
+
+        def cut(part: torch.Tensor, columns: int) -> torch.Tensor:
+            return part[..., :n, :columns].contiguous()
+
+        data = cut(rows_from_panels(self.data, form.units), row_bytes).view(form.data_dtype)
+        scales, zeros = (
+            None if part is None else cut(groups_from_panels(part), part.shape[-2])
+            for part in (self.scales, self.zeros)
+        )
+        return self._with(data, scales, zeros)
+
+    def select_rows(self, index: torch.Tensor) -> QuantizedTensor:
+        """Rows of a matrix by number, int64 (n,): an (n, K) weight in rows."""
+        form = FORMATS[self.format]
+        shape = (len(index), self.shape[-1])
+        if not self.is_panels:
+            parts = {name: part[index] for name, part in self._parts().items()}
+            return QuantizedTensor(self.format, shape, self.group_size, **parts)
+        row_bytes = form.data_shape(shape, self.group_size)[-1]
+        data = select_rows(self.data, index, form.units)[:, :row_bytes]
+        panel, lane = index // PANEL_ROWS, index % PANEL_ROWS
+        scales, zeros = (
+            None if part is None else part[panel, :, lane] for part in (self.scales, self.zeros)
+        )
+        data = data.contiguous().view(form.data_dtype)
+        return QuantizedTensor(self.format, shape, self.group_size, data, scales, zeros)
+
+    def _with(
+        self, data: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None
+    ) -> QuantizedTensor:
+        return QuantizedTensor(self.format, self.shape, self.group_size, data, scales, zeros)
 
     @property
     def device(self) -> torch.device:
@@ -267,14 +355,16 @@ class QuantizedTensor:
         return QuantizedTensor(self.format, self.shape[1:], self.group_size, **parts)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same weight on another device."""
+        """The same weight on another device; away from the CPU it lies in rows."""
+        if torch.device(device).type != "cpu" and self.is_panels:
+            return self.to_rows().to(device)
         parts = {name: part.to(device) for name, part in self._parts().items()}
         return QuantizedTensor(self.format, self.shape, self.group_size, **parts)
 
     def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """The parts as tensors, for torch.save or safetensors; "format" describes them."""
+        """The parts in rows, for torch.save or safetensors; "format" describes them."""
         return {
-            **{prefix + name: part for name, part in self._parts().items()},
+            **{prefix + name: part for name, part in self.to_rows()._parts().items()},
             f"{prefix}format": self.describe(),
         }
 

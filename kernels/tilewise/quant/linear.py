@@ -23,6 +23,8 @@ class QuantLinear(nn.Module):
     Args:
         weight: (N, K).
         bias: (N,), floating point; stays a parameter if it is one.
+        act: None, or "int8" for `quantized_matmul`'s int8 activations. A choice of how to compute,
+            not a part of what is stored: it may be assigned at any time and no state dict has it.
 
     Shape: (..., K) to (..., N). The input's dtype must be the bias's.
     """
@@ -32,7 +34,13 @@ class QuantLinear(nn.Module):
     scales: torch.Tensor | None
     zeros: torch.Tensor | None
 
-    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        act: str | None = None,
+    ) -> None:
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"weight: shape must be (N, K), got {weight.shape}")
@@ -40,7 +48,7 @@ class QuantLinear(nn.Module):
             wanted, got = tuple(weight.shape[:1]), tuple(bias.shape)
             raise ValueError(f"bias: shape must be {wanted} (weight's N), got {got}")
         self.out_features, self.in_features = weight.shape
-        self.format, self.group_size = weight.format, weight.group_size
+        self.format, self.group_size, self.act = weight.format, weight.group_size, act
         self.register_buffer("data", weight.data)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
@@ -59,14 +67,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`quantized_matmul` of x, (..., in_features)."""
-        return quantized_matmul(x, self.weight, self.bias)
+        return quantized_matmul(x, self.weight, self.bias, act=self.act)
 
     def extra_repr(self) -> str:
         weight = self.weight
+        act = "" if self.act is None else f", act={self.act}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, group_size={self.group_size}, "
-            f"bits_per_weight={weight.bits_per_weight:.3g}"
+            f"bits_per_weight={weight.bits_per_weight:.3g}{act}"
         )
 
     def get_extra_state(self) -> torch.Tensor:

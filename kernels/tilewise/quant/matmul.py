@@ -6,7 +6,7 @@ import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.quant import baseline, naive
+from tilewise.quant import baseline, naive, native
 from tilewise.quant.formats import QuantizedTensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "swiglu")
@@ -95,6 +95,7 @@ _QUANTIZED_MATMUL = Op(
     "quantized_matmul",
     naive.quantized_matmul,
     impls=(
+        Impl("cpu", native.quantized_matmul, native.why_not),
         Impl(
             "torch",
             baseline.quantized_matmul,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from tilewise.fused.naive import compute_dtype
 from tilewise.library import Contract
 from tilewise.quant import naive
 from tilewise.quant.formats import QuantizedTensor
@@ -61,3 +64,31 @@ def _quantized_matmul_kernel(
     return naive.quantized_matmul(
         x, weight, bias, activation=activation, residual=residual, adapter=adapter, act=act
     ).contiguous()
+
+
+def _fake_backward(grad: torch.Tensor, format: str, shape: list[int], *parts: Any) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
+QUANTIZED_MATMUL_BACKWARD = Contract(
+    "quantized_matmul_backward",
+    "(Tensor grad, str format, int[] shape, int group_size, Tensor data, Tensor? scales, "
+    "Tensor? zeros) -> Tensor",
+    _fake_backward,
+)
+"""The gradient of x: grad W, in grad's dtype. The weight is not trained."""
+
+
+@QUANTIZED_MATMUL_BACKWARD.kernel("naive")
+def _quantized_matmul_backward_kernel(
+    grad: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+) -> torch.Tensor:
+    weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
+    dtype = compute_dtype(grad)
+    return (grad.to(dtype) @ weight.dequantize(dtype)).to(grad.dtype)

@@ -1,0 +1,72 @@
+// Products with quantized weights: which kernel runs, and what it needs of x in float32.
+#include "cpu/quant.h"
+
+#include "cpu/gemm.h"
+#include "cpu/quant_activations.h"
+#include "cpu/quant_kernels.h"
+
+namespace tilewise {
+namespace {
+
+// Up to how many rows byte products beat float32 ones where x has several digits (measured).
+constexpr int64_t FEW_ROWS = 4;
+
+// x in float32: itself, or a copy.
+struct Floats {
+  const float* data;
+  int64_t stride;
+  Workspace<float> copy;
+
+  explicit Floats(const QuantizedMatmul& call, bool rounded) {
+    const int64_t depth = call.weight.depth;
+    if (call.dtype == DType::f32 && !rounded) {
+      data = static_cast<const float*>(call.x);
+      stride = call.x_stride;
+      return;
+    }
+    stride = strips_of(depth) * STRIP;
+    copy = make_workspace<float>(call.rows * stride);
+    data = copy.get();
+    parallel_rows(call.rows, stride, [&](int64_t m) {
+      float* row = copy.get() + m * stride;
+      load_row(call, m, row);
+      if (rounded) round_row(row, depth, activation_strips(call));
+    });
+  }
+};
+
+// x A, (rows, rank).
+Workspace<float> low_rank(const QuantizedMatmul& call) {
+  const int64_t depth = call.weight.depth, rank = call.rank;
+  const Floats x(call, false);
+  auto out = make_workspace<float>(call.rows * rank);
+  const auto row = make_workspace<float>(rank);
+  const auto packed = make_workspace<float>(packed_size(depth, rank));
+  for (int64_t k = 0; k < depth; ++k) {
+    load_floats(call.dtype, call.adapter_a, k * rank, rank, row.get());
+    const float* from = row.get();
+    pack_rows(&from, 1, rank, packed.get() + k * PANEL, depth * PANEL);
+  }
+  parallel_rows(call.rows, depth * rank, [&](int64_t m) {
+    multiply(x.data + m * x.stride, x.stride, packed.get(), depth * PANEL, 1, rank, depth,
+             out.get() + m * rank, rank, false);
+  });
+  return out;
+}
+
+}  // namespace
+
+void quantized_matmul(const QuantizedMatmul& call) {
+  Workspace<float> low;
+  if (call.adapter_a) low = low_rank(call);
+  const Finisher finish(call, low.get());
+  if (call.rows == 0 || finish.outputs() == 0) return;
+  const bool has_few_rows = call.rows <= FEW_ROWS;
+  if (is_integer(call.weight.format) && (call.int8_activations || has_few_rows)) {
+    if (multiply_bytes(call, finish)) return;
+  }
+  const Floats x(call, call.int8_activations);
+  multiply_floats(call, finish, x.data, x.stride);
+}
+
+}  // namespace tilewise

@@ -1,0 +1,68 @@
+// The two ways to multiply, and what they share.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+#include "cpu/quant_finish.h"
+#include "cpu/workspace.h"
+
+namespace tilewise {
+
+// By dot products of bytes: int8 activations, and few rows of others. False if the activations
+// cannot be split into bytes; nothing has been written then.
+bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
+
+// By widening blocks of the weight to float32; x is (rows, depth).
+void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                     int64_t x_stride);
+
+inline bool is_integer(Format format) { return format != Format::nf4 && format != Format::fp8; }
+
+inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+
+// The work on a weight, in tasks of `count` <= MAX_PANELS panels: body(panels, count, sums) writes the
+// products of their rows with all rows of x to sums (rows, count * 16), which are then finished. The
+// panels of a gated weight come in pairs, all first halves before all second ones.
+template <int MAX_PANELS, class Body>
+inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
+                       const Body& body) {
+  const int64_t rows = call.rows, outputs = finish.outputs();
+  const bool is_paired = finish.is_gated() && outputs % PANEL_ROWS == 0;
+  // Where a gated weight's halves do not meet between panels, all products are kept for the end.
+  const bool is_kept = finish.is_gated() && !is_paired;
+  const int64_t all = panels_of(is_paired ? outputs : call.weight.rows);
+  const int64_t kept_stride = all * PANEL_ROWS;
+  const auto kept = make_workspace<float>(is_kept ? rows * kept_stride : 0);
+  each = std::clamp<int64_t>(each, 1, is_paired ? MAX_PANELS / 2 : MAX_PANELS);
+
+  parallel((all + each - 1) / each, [&](int64_t task) {
+    const int64_t begin = task * each;
+    const int half = static_cast<int>(std::min(all - begin, each));
+    const int count = is_paired ? 2 * half : half;
+    int64_t panels[MAX_PANELS];
+    for (int i = 0; i < count; ++i) panels[i] = i < half ? begin + i : begin + i - half + all;
+    const auto sums = make_workspace<float>(rows * count * PANEL_ROWS);
+    body(panels, count, sums.get());
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int i = 0; i < half; ++i) {
+        float* y = sums.get() + (m * count + i) * PANEL_ROWS;
+        const int64_t first = panels[i] * PANEL_ROWS;
+        if (is_kept) {
+          std::copy_n(y, PANEL_ROWS, kept.get() + m * kept_stride + first);
+        } else {
+          const int64_t columns = std::min<int64_t>(outputs - first, PANEL_ROWS);
+          finish(m, first, static_cast<int>(columns), y, y + half * PANEL_ROWS);
+        }
+      }
+    }
+  });
+  if (is_kept) {
+    parallel_rows(rows, kept_stride, [&](int64_t m) {
+      float* y = kept.get() + m * kept_stride;
+      finish(m, 0, static_cast<int>(outputs), y, y + outputs);
+    });
+  }
+}
+
+}  // namespace tilewise

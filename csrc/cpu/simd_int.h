@@ -1,0 +1,163 @@
+// Integer vectors beside F32: `I32`, as many 32-bit lanes, each also seen as four bytes; and the sums
+// of products of bytes that quantized weights are multiplied with.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace tilewise {
+
+#if defined(__AVX512F__)
+
+struct I32 {
+  __m512i v;
+  I32() = default;
+  I32(__m512i x) : v(x) {}
+  static I32 all(int32_t x) { return _mm512_set1_epi32(x); }
+  static I32 zero() { return _mm512_setzero_si512(); }
+};
+
+inline I32 load_int(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_int(void* p, I32 x) { _mm512_storeu_si512(p, x.v); }
+inline I32 operator&(I32 a, I32 b) { return _mm512_and_si512(a.v, b.v); }
+inline I32 operator|(I32 a, I32 b) { return _mm512_or_si512(a.v, b.v); }
+inline I32 operator^(I32 a, I32 b) { return _mm512_xor_si512(a.v, b.v); }
+inline I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
+inline I32 operator-(I32 a, I32 b) { return _mm512_sub_epi32(a.v, b.v); }
+inline I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
+inline I32 operator>>(I32 a, int n) { return _mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator<<(I32 a, int n) { return _mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 shift_signed(I32 a, int n) { return _mm512_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a.v); }
+inline F32 bits_as_f32(I32 a) { return _mm512_castsi512_ps(a.v); }
+inline I32 widen_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline I32 widen_i8(const uint8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// The nearest integers, ties to even, as bytes. They must be in range.
+inline void store_rounded_i8(int8_t* p, F32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+// table[x] for every byte x < 16.
+inline I32 look_up_bytes(const uint8_t* table, I32 x) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), x.v);
+}
+// table[x] for every lane x < 16.
+inline F32 look_up(const float* table, I32 x) {
+  return _mm512_permutexvar_ps(x.v, _mm512_loadu_ps(table));
+}
+
+// What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
+constexpr int BYTE_OFFSET = 128;
+
+// The sums of four products of bytes in each lane, over eight vectors of codes of BITS bits.
+template <int BITS>
+class Products {
+ public:
+  void add(I32 codes, I32 x, int) { sum_ = _mm512_dpbusd_epi32(sum_, codes.v, x.v); }
+  I32 take() {
+    const I32 sum = sum_;
+    sum_ = _mm512_setzero_si512();
+    return sum;
+  }
+
+ private:
+  __m512i sum_ = _mm512_setzero_si512();
+};
+
+#else
+
+struct I32 {
+  __m256i v;
+  I32() = default;
+  I32(__m256i x) : v(x) {}
+  static I32 all(int32_t x) { return _mm256_set1_epi32(x); }
+  static I32 zero() { return _mm256_setzero_si256(); }
+};
+
+inline I32 load_int(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline void store_int(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x.v); }
+inline I32 operator&(I32 a, I32 b) { return _mm256_and_si256(a.v, b.v); }
+inline I32 operator|(I32 a, I32 b) { return _mm256_or_si256(a.v, b.v); }
+inline I32 operator^(I32 a, I32 b) { return _mm256_xor_si256(a.v, b.v); }
+inline I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
+inline I32 operator-(I32 a, I32 b) { return _mm256_sub_epi32(a.v, b.v); }
+inline I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
+inline I32 operator>>(I32 a, int n) { return _mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator<<(I32 a, int n) { return _mm256_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 shift_signed(I32 a, int n) { return _mm256_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a.v); }
+inline F32 bits_as_f32(I32 a) { return _mm256_castsi256_ps(a.v); }
+inline I32 widen_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline I32 widen_i8(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+// The nearest integers, ties to even, as bytes. They must be in range.
+inline void store_rounded_i8(int8_t* p, F32 x) {
+  const __m256i wide = _mm256_cvtps_epi32(x.v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+// table[x] for every byte x < 16.
+inline I32 look_up_bytes(const uint8_t* table, I32 x) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), x.v);
+}
+// table[x] for every lane x < 16.
+inline F32 look_up(const float* table, I32 x) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), x.v);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), x.v);
+  const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(x.v, 28));  // bit 3 is the sign
+  return _mm256_blendv_ps(low, high, is_high);
+}
+
+// What is added to signed bytes before they are multiplied: nothing, see Products.
+constexpr int BYTE_OFFSET = 0;
+
+// The sums of four products of bytes in each lane, over eight vectors of codes of BITS bits:
+// unsigned below 8, signed with 8. x must not be -128.
+//
+// vpmaddubsw adds two products in 16 bits and saturates, so sums may stay there for eight vectors
+// of 4-bit codes (15 * 127 * 2 * 8 = 30480), four of 5 bits and two of 6. Bytes have no room at
+// all: |w| times x with the sign of w is at most 128 * 127 * 2 = 32512.
+template <int BITS>
+class Products {
+ public:
+  void add(I32 codes, I32 x, int i) {
+    if constexpr (BITS == 8) {
+      const __m256i product =
+          _mm256_maddubs_epi16(_mm256_abs_epi8(codes.v), _mm256_sign_epi8(x.v, codes.v));
+      wide_ = _mm256_add_epi32(wide_, _mm256_madd_epi16(product, _mm256_set1_epi16(1)));
+    } else {
+      constexpr int ROOM = BITS <= 4 ? 8 : BITS == 5 ? 4 : 2;
+      narrow_ = _mm256_add_epi16(narrow_, _mm256_maddubs_epi16(codes.v, x.v));
+      if (ROOM < 8 && i % ROOM == ROOM - 1) widen();
+    }
+  }
+  I32 take() {
+    if (BITS <= 4) widen();
+    const I32 sum = wide_;
+    wide_ = _mm256_setzero_si256();
+    return sum;
+  }
+
+ private:
+  void widen() {
+    const __m256i wide = _mm256_madd_epi16(narrow_, _mm256_set1_epi16(1));
+    wide_ = _mm256_add_epi32(wide_, wide);
+    narrow_ = _mm256_setzero_si256();
+  }
+
+  __m256i narrow_ = _mm256_setzero_si256(), wide_ = _mm256_setzero_si256();
+};
+
+#endif
+
+}  // namespace tilewise

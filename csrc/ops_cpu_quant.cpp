@@ -1,0 +1,94 @@
+// Bindings of products with quantized weights.
+#include "cpu/quant.h"
+#include "ops_cpu.h"
+
+namespace tilewise {
+namespace {
+
+ScaleType scale_type_of(const OptionalTensor& scales) {
+  using torch::headeronly::ScalarType;
+  if (!scales || scales->scalar_type() == ScalarType::Half) return ScaleType::f16;
+  return scales->scalar_type() == ScalarType::Float ? ScaleType::f32 : ScaleType::e8m0;
+}
+
+// data is (panels, blocks, bytes), scales and zeros (panels, groups, 16); format counts as the enum does.
+QuantizedWeight describe(int64_t format, int64_t rows, int64_t depth, int64_t group_size,
+                         const Tensor& data, const OptionalTensor& scales,
+                         const OptionalTensor& zeros) {
+  STD_TORCH_CHECK(0 <= format && format <= static_cast<int64_t>(Format::q6_k), "no such format");
+  QuantizedWeight w{};
+  w.format = static_cast<Format>(format);
+  w.rows = rows;
+  w.depth = depth;
+  w.data = static_cast<const uint8_t*>(data.data_ptr());
+  w.panel_bytes = data.size(1) * data.size(2);
+  w.group_strips = group_size > 0 ? group_size / STRIP : (depth + STRIP - 1) / STRIP;
+  w.groups = scales ? scales->size(1) : 0;
+  w.scale_type = scale_type_of(scales);
+  w.scales = pointer(scales);
+  w.zeros = pointer<uint8_t>(zeros);
+  return w;
+}
+
+void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
+                         Tensor data, OptionalTensor scales, OptionalTensor zeros,
+                         OptionalTensor bias, int64_t finish, OptionalTensor residual,
+                         OptionalTensor adapter_a, OptionalTensor adapter_b,
+                         int64_t activation_group, Tensor out) {
+  STD_TORCH_CHECK(0 <= finish && finish <= static_cast<int64_t>(Finish::swiglu),
+                  "no such activation");
+  QuantizedMatmul call{};
+  call.dtype = dtype_of(x);
+  call.rows = x.size(0);
+  call.x = x.data_ptr();
+  call.x_stride = x.stride(0);
+  call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  call.int8_activations = activation_group != 0;
+  call.activation_group = activation_group > 0 ? activation_group : 0;
+  call.bias = pointer(bias);
+  call.residual = pointer(residual);
+  call.adapter_a = pointer(adapter_a);
+  call.adapter_b = pointer(adapter_b);
+  call.rank = adapter_a ? adapter_a->size(1) : 0;
+  call.finish = static_cast<Finish>(finish);
+  call.out = out.data_ptr();
+  quantized_matmul(call);
+}
+
+void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int64_t depth,
+                                  int64_t group_size, Tensor data, OptionalTensor scales,
+                                  OptionalTensor zeros, Tensor grad_x) {
+  const QuantizedWeight w = describe(format, rows, depth, group_size, data, scales, zeros);
+  quantized_matmul_backward(w, static_cast<const float*>(grad.data_ptr()), grad.size(0),
+                            static_cast<float*>(grad_x.data_ptr()));
+}
+
+void dequantize_op(int64_t format, int64_t rows, int64_t depth, int64_t group_size, Tensor data,
+                   OptionalTensor scales, OptionalTensor zeros, int64_t begin, Tensor out) {
+  const QuantizedWeight w = describe(format, rows, depth, group_size, data, scales, zeros);
+  const int64_t end = begin + out.size(0);
+  STD_TORCH_CHECK(0 <= begin && end <= rows, "rows out of range");
+  dequantize_rows(w, begin, end, static_cast<float*>(out.data_ptr()));
+}
+
+}  // namespace
+}  // namespace tilewise
+
+STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
+  m.def(
+      "quantized_matmul(Tensor x, int format, int rows, int depth, int group_size, Tensor data, "
+      "Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
+      "Tensor? adapter_a, Tensor? adapter_b, int activation_group, Tensor(a!) out) -> ()");
+  m.def(
+      "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
+      "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");
+  m.def(
+      "dequantize(int format, int rows, int depth, int group_size, Tensor data, Tensor? scales, "
+      "Tensor? zeros, int begin, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
+  m.impl("quantized_matmul", TORCH_BOX(&tilewise::quantized_matmul_op));
+  m.impl("quantized_matmul_backward", TORCH_BOX(&tilewise::quantized_matmul_backward_op));
+  m.impl("dequantize", TORCH_BOX(&tilewise::dequantize_op));
+}

@@ -1,0 +1,159 @@
+"""The C++ kernels of the product with a quantized weight.
+
+They read weights in panels (`tilewise.quant.panels`). A weight in rows is turned on its first use,
+and the result is remembered for as long as its `data` lives; a weight that was turned before, as
+`QuantLinear` does with its own, is held only once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tilewise import cpu, native
+from tilewise.library import needs_grad
+from tilewise.quant import naive
+from tilewise.quant.formats import FORMATS, QuantizedTensor
+from tilewise.quant.operators import QUANTIZED_MATMUL, QUANTIZED_MATMUL_BACKWARD
+
+_FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
+"""`enum class Format` of C++ is in the same order."""
+
+_ACTIVATION_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "swiglu": 4}
+"""The order of C++'s `enum class Finish`."""
+
+
+def why_not(x: torch.Tensor, weight: QuantizedTensor, *others: Any, **options: Any) -> str | None:
+    """Why the C++ kernels cannot take the call."""
+    return cpu.why_not(x)
+
+
+def quantized_matmul(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
+    act: str | None = None,
+) -> torch.Tensor:
+    """The naive function of this name, by the C++ kernels."""
+    a, b = adapter or (None, None)
+    if needs_grad(x, bias, residual, a, b):
+        # What follows the product is a small part of the work, and PyTorch differentiates it.
+        y = _Product.apply(x, weight, act)
+        return naive.finish(y, x, bias, activation, residual, adapter).to(x.dtype)
+    options = (bias, activation, residual, a, b, act, "cpu")
+    out: torch.Tensor = QUANTIZED_MATMUL(x, *_parts(weight), *options)
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in float32; the gradient of int8 activations passes straight through their rounding."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: QuantizedTensor, act: str | None
+    ) -> torch.Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        options = (None, None, None, None, None, act, "cpu")
+        y: torch.Tensor = QUANTIZED_MATMUL(x.float(), *_parts(weight), *options)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        grad_x = QUANTIZED_MATMUL_BACKWARD(grad, *_parts(ctx.weight), "cpu")
+        return grad_x.to(ctx.dtype), None, None
+
+
+def _parts(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """A weight as the operators of Python take it."""
+    parts = (weight.data, weight.scales, weight.zeros)
+    return (weight.format, weight.shape, weight.group_size, *parts)
+
+
+@QUANTIZED_MATMUL.kernel("cpu")
+def _quantized_matmul(
+    x: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+    adapter_a: torch.Tensor | None,
+    adapter_b: torch.Tensor | None,
+    act: str | None,
+) -> torch.Tensor:
+    n, k = shape
+    weight = QuantizedTensor(format, (n, k), group_size, data, scales, zeros)
+    out = x.new_empty((*x.shape[:-1], n // 2 if activation == "swiglu" else n))
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    native.cpu_ops().quantized_matmul(
+        cpu.unit_stride(rows),
+        *_describe(_panels(weight)),
+        None if bias is None else bias.contiguous(),
+        _ACTIVATION_CODES[activation],
+        None if residual is None else residual.contiguous(),
+        None if adapter_a is None else adapter_a.contiguous(),
+        None if adapter_b is None else adapter_b.contiguous(),
+        0 if act is None else naive.activation_group(weight),
+        out,
+    )
+    return out
+
+
+@QUANTIZED_MATMUL_BACKWARD.kernel("cpu")
+def _quantized_matmul_backward(
+    grad: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+) -> torch.Tensor:
+    n, k = shape
+    weight = _panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
+    rows = (grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)).contiguous()
+    if n == 0:
+        return grad.new_zeros(*grad.shape[:-1], k)
+    grad_x = grad.new_empty(*grad.shape[:-1], k)
+    native.cpu_ops().quantized_matmul_backward(rows, *_describe(weight), grad_x)
+    return grad_x
+
+
+def _describe(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """A weight in panels as the operators of C++ take it."""
+    return (
+        _FORMAT_CODES[weight.format],
+        *weight.shape,
+        -1 if FORMATS[weight.format].is_gguf else weight.group_size,
+        weight.data,
+        weight.scales,
+        weight.zeros,
+    )
+
+
+_PANELS = WeakTensorKeyDictionary()
+"""The weight in panels by the `data` that it was made from, with the version of that tensor."""
+
+
+def _panels(weight: QuantizedTensor) -> QuantizedTensor:
+    if weight.is_panels:
+        return weight
+    version = None if weight.data.is_inference() else weight.data._version
+    entry = _PANELS.get(weight.data)
+    if entry is None or entry[0] != version:
+        entry = (version, weight.to_panels())
+        _PANELS[weight.data] = entry
+    panels: QuantizedTensor = entry[1]
+    return panels

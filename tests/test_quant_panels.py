@@ -1,0 +1,105 @@
+"""Weights in panels: the same bytes in another order, and the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tilewise import native, quantized_matmul
+from tilewise.quant import FORMATS, QuantizedTensor, quantize
+from tilewise.quant.cases import gguf_weight
+from tilewise.quant.native import _describe
+from tilewise.testing import Inputs, assert_agrees, nan_filled_empty
+
+needs_cpu = pytest.mark.skipif(
+    native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
+)
+
+
+def weight_of(name: str, *shape: int) -> QuantizedTensor:
+    form = FORMATS[name]
+    if form.is_gguf:
+        return gguf_weight(Inputs(), name, *shape)
+    weight = Inputs().randn(*shape)
+    return quantize(weight, name, group_size=form.group_sizes[-1], search="minmax")
+
+
+def is_same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    pairs = ((a.data, b.data), (a.scales, b.scales), (a.zeros, b.zeros))
+    return all(x is y or torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("n", [1, 16, 50])
+def test_rows_come_back_bit_for_bit(name, n):
+    weight = weight_of(name, n, 256 if FORMATS[name].is_gguf else 77)
+    panels = weight.to_panels()
+    assert panels.is_panels
+    assert is_same(panels.to_rows(), weight)
+    assert torch.equal(panels.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_panels_take_no_more_memory(name):
+    weight = weight_of(name, 64, 1024)
+    assert weight.to_panels().nbytes == weight.nbytes
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_single_rows(name):
+    weight = weight_of(name, 50, 512)
+    index = torch.tensor([49, 0, 17, 17])
+    expected = weight.dequantize()[index]
+    assert torch.equal(weight.select_rows(index).dequantize(), expected)
+    assert torch.equal(weight.to_panels().select_rows(index).dequantize(), expected)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_widen_to_the_same_numbers(name):
+    weight = weight_of(name, 50, 256 if FORMATS[name].is_gguf else 77)
+    begin, end = 5, 49
+    with nan_filled_empty():
+        out = torch.empty(end - begin, weight.shape[1])
+    native.cpu_ops().dequantize(*_describe(weight.to_panels()), begin, out)
+    assert torch.equal(out, weight.dequantize()[begin:end])
+
+
+def test_a_stack_is_turned_matrix_by_matrix():
+    weight = weight_of("int4", 3, 20, 64)
+    panels = weight.to_panels()
+    for i in range(3):
+        assert torch.equal(panels[i].dequantize(), weight.dequantize()[i])
+        assert is_same(panels[i], weight[i].to_panels())
+
+
+@pytest.mark.parametrize("name", ["int4", "Q4_1"])
+def test_checkpoints_hold_rows(name):
+    weight = weight_of(name, 20, 64)
+    state = weight.to_panels().state_dict()
+    assert torch.equal(state["data"], weight.data)
+    assert not QuantizedTensor.from_state_dict(state).is_panels
+
+
+def test_every_backend_takes_panels():
+    weight = weight_of("Q4_1", 32, 64)
+    x = Inputs(torch.bfloat16).randn(3, 64)
+    for backend in ("naive", "torch"):
+        expected = quantized_matmul(x, weight, backend=backend)
+        actual = quantized_matmul(x, weight.to_panels(), backend=backend)
+        assert torch.equal(actual, expected)
+
+
+def test_panels_of_the_wrong_shape_are_refused():
+    panels = weight_of("int4", 20, 64).to_panels()
+    with pytest.raises(ValueError, match=r"data: shape must be \(2, 2, 256\) for int4"):
+        QuantizedTensor("int4", (20, 64), 64, panels.data[:1], panels.scales, panels.zeros)
+
+
+@needs_cpu
+def test_a_weight_that_changes_in_place_is_turned_again():
+    weight, x = weight_of("int8", 16, 32), torch.eye(32)
+    quantized_matmul(x, weight, backend="cpu")
+    weight.data.zero_()
+    expected = quantized_matmul(x, weight, backend="naive")
+    assert_agrees(quantized_matmul(x, weight, backend="cpu"), expected, expected.double())
