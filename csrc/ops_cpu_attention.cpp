@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "ops_cpu.h"
+#include "ops_cpu_graph.h"
 
 namespace tilewise {
 namespace {
@@ -149,6 +150,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
-  m.impl("attention", TORCH_BOX(&tilewise::attention_op));
-  m.impl("attention_backward", TORCH_BOX(&tilewise::attention_backward_op));
+  using namespace tilewise;
+  m.impl("attention", TORCH_BOX(&Recorded<&attention_op>::call));
+  m.impl("attention_backward", TORCH_BOX(&Recorded<&attention_backward_op>::call));
 }

@@ -1,26 +1,17 @@
-// Bindings of the fused small operations, and the thread pool.
+// Bindings of the fused small operations.
 //
 // Tensors of rows may have any number of dimensions: they are contiguous, or (rows, dim) with a
 // stride between the rows.
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/activation.h"
 #include "cpu/norm.h"
 #include "cpu/rotary.h"
 #include "cpu/sampling.h"
 #include "ops_cpu.h"
+#include "ops_cpu_graph.h"
 
 namespace tilewise {
-
-void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context) {
-  // Each thread takes the next task that nobody has: tasks may be of very different length.
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < tasks; i = next++) body(i, context);
-  });
-}
 
 namespace {
 
@@ -233,12 +224,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&tilewise::rms_norm_op));
-  m.impl("layer_norm", TORCH_BOX(&tilewise::layer_norm_op));
-  m.impl("rms_norm_backward", TORCH_BOX(&tilewise::rms_norm_backward_op));
-  m.impl("layer_norm_backward", TORCH_BOX(&tilewise::layer_norm_backward_op));
-  m.impl("rotary_embedding", TORCH_BOX(&tilewise::rotary_embedding_op));
-  m.impl("gated_activation", TORCH_BOX(&tilewise::gated_activation_op));
-  m.impl("gated_activation_backward", TORCH_BOX(&tilewise::gated_activation_backward_op));
-  m.impl("sample", TORCH_BOX(&tilewise::sample_op));
+  using namespace tilewise;
+  m.impl("rms_norm", TORCH_BOX(&Recorded<&rms_norm_op>::call));
+  m.impl("layer_norm", TORCH_BOX(&Recorded<&layer_norm_op>::call));
+  m.impl("rms_norm_backward", TORCH_BOX(&Recorded<&rms_norm_backward_op>::call));
+  m.impl("layer_norm_backward", TORCH_BOX(&Recorded<&layer_norm_backward_op>::call));
+  m.impl("rotary_embedding", TORCH_BOX(&Recorded<&rotary_embedding_op>::call));
+  m.impl("gated_activation", TORCH_BOX(&Recorded<&gated_activation_op>::call));
+  m.impl("gated_activation_backward", TORCH_BOX(&Recorded<&gated_activation_backward_op>::call));
+  m.impl("sample", TORCH_BOX(&Recorded<&sample_op>::call));
 }

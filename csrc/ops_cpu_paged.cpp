@@ -2,6 +2,7 @@
 #include "cpu/append_kv.h"
 #include "cpu/attention.h"
 #include "ops_cpu.h"
+#include "ops_cpu_graph.h"
 
 namespace tilewise {
 namespace {
@@ -76,6 +77,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
-  m.impl("append_kv", TORCH_BOX(&tilewise::append_kv_op));
-  m.impl("merge_states", TORCH_BOX(&tilewise::merge_states_op));
+  using namespace tilewise;
+  m.impl("append_kv", TORCH_BOX(&Recorded<&append_kv_op>::call));
+  m.impl("merge_states", TORCH_BOX(&Recorded<&merge_states_op>::call));
 }

@@ -1,6 +1,7 @@
 // Bindings of products with quantized weights.
 #include "cpu/quant.h"
 #include "ops_cpu.h"
+#include "ops_cpu_graph.h"
 
 namespace tilewise {
 namespace {
@@ -63,6 +64,16 @@ void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int
                             static_cast<float*>(grad_x.data_ptr()));
 }
 
+void embedding_op(Tensor ids, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
+                  Tensor data, OptionalTensor scales, OptionalTensor zeros, Tensor out) {
+  const QuantizedWeight w = describe(format, rows, depth, group_size, data, scales, zeros);
+  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    STD_TORCH_CHECK(0 <= id[i] && id[i] < rows, "token_ids: out of range");
+  }
+  embed(w, id, ids.numel(), dtype_of(out), out.data_ptr());
+}
+
 void dequantize_op(int64_t format, int64_t rows, int64_t depth, int64_t group_size, Tensor data,
                    OptionalTensor scales, OptionalTensor zeros, int64_t begin, Tensor out) {
   const QuantizedWeight w = describe(format, rows, depth, group_size, data, scales, zeros);
@@ -83,12 +94,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");
   m.def(
+      "embedding(Tensor ids, int format, int rows, int depth, int group_size, Tensor data, "
+      "Tensor? scales, Tensor? zeros, Tensor(a!) out) -> ()");
+  m.def(
       "dequantize(int format, int rows, int depth, int group_size, Tensor data, Tensor? scales, "
       "Tensor? zeros, int begin, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
-  m.impl("quantized_matmul", TORCH_BOX(&tilewise::quantized_matmul_op));
-  m.impl("quantized_matmul_backward", TORCH_BOX(&tilewise::quantized_matmul_backward_op));
-  m.impl("dequantize", TORCH_BOX(&tilewise::dequantize_op));
+  using namespace tilewise;
+  m.impl("quantized_matmul", TORCH_BOX(&Recorded<&quantized_matmul_op>::call));
+  m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
+  m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
+  m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));
 }

@@ -15,6 +15,7 @@ import torch
 
 from tilewise.fused import sample
 from tilewise.model.chat import render_chat
+from tilewise.model.decode import Decoder
 from tilewise.model.gpt import GPT, PagedBatch
 from tilewise.model.tokenizer import TextStream, Tokenizer
 from tilewise.paged import PagedKVCache
@@ -299,6 +300,7 @@ class _Run:
             dtype=cache_dtype if cache_dtype is not None else model.gpt.dtype,
             device=model.gpt.device,
         )
+        self._decoders: dict[int, Decoder] = {}  # by the number of sequences
 
     def steps(self) -> Iterator[list[str]]:
         """Run to the end; yields after each run of the model what text it added to each prompt."""
@@ -312,7 +314,8 @@ class _Run:
             yield pieces
         while running := [s for s in self.sequences if not s.generation.finish_reason]:
             started = time.perf_counter()
-            pieces = self._step([(s, s.generation.token_ids[-1:]) for s in running])
+            chunks = [(s, s.generation.token_ids[-1:]) for s in running]
+            pieces = self._step(chunks, is_decoding=True)
             timings.decode_seconds += time.perf_counter() - started
             timings.decode_tokens += len(running)
             timings.decode_steps += 1
@@ -335,13 +338,20 @@ class _Run:
             yield chunks
 
     @torch.no_grad()
-    def _step(self, chunks: list[tuple[_Sequence, list[int]]]) -> list[str]:
+    def _step(
+        self, chunks: list[tuple[_Sequence, list[int]]], is_decoding: bool = False
+    ) -> list[str]:
         """Feed each sequence some tokens, and where its prompt is complete take the next one."""
-        batch = PagedBatch.append(
-            self._cache, [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
-        )
-        token_ids = torch.tensor([t for _, ids in chunks for t in ids], device=self._gpt.device)
-        logits = self._gpt(token_ids, batch)
+        sequences, counts = [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
+        tokens = [token for _, ids in chunks for token in ids]
+        if is_decoding:
+            size = len(chunks)
+            if size not in self._decoders:
+                self._decoders[size] = Decoder(self._gpt, self._cache, size)
+            logits = self._decoders[size].step(sequences, tokens)
+        else:
+            batch = PagedBatch.append(self._cache, sequences, counts)
+            logits = self._gpt(torch.tensor(tokens, device=self._gpt.device), batch)
         complete = [
             row
             for row, (s, _) in enumerate(chunks)

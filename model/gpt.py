@@ -13,9 +13,9 @@ Sources: Vaswani et al. 2017 (arXiv:1706.03762); Radford et al., GPT-2, 2019; To
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ from torch import nn
 from tilewise.attention import flash_attention
 from tilewise.fused import RotaryTables, rotary_embedding, rotary_tables, swiglu
 from tilewise.model.config import GPTConfig
-from tilewise.model.layers import Experts, HeadNorm, Norm, QuantEmbedding, linear
+from tilewise.model.layers import Experts, HeadNorm, Norm, QuantEmbedding, TiedHead, linear
 from tilewise.paged import PagedKVCache, append_kv, paged_attention
+from tilewise.quant import QuantLinear
 
 __all__ = ["GPT", "PagedBatch"]
 
@@ -153,6 +154,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gated and isinstance(self.gate_up, QuantLinear):
+            return self.down(self.gate_up.project(x, activation="swiglu"))
         if self.gated:
             return self.down(swiglu(*self.gate_up(x).chunk(2, dim=-1)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -216,15 +219,10 @@ class GPT(nn.Module):
 
     def tie_head(self) -> None:
         """Make the embedding table the output head too."""
-        self.head = linear([self.embedding.weight])
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.config.tied_embeddings and isinstance(self.embedding, QuantEmbedding):
-            act = self.head.act
-            self.tie_head()  # PyTorch moves buffers one by one, shared or not
-            self.head.act = act
-        return self
+        if isinstance(self.embedding, QuantEmbedding):
+            self.head: nn.Module = TiedHead(self.embedding)
+        else:
+            self.head = linear([self.embedding.weight])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -261,7 +259,10 @@ class GPT(nn.Module):
         else:
             positions = paged.positions
 
-        delta = self.embedding(token_ids).to(self.dtype)
+        if isinstance(self.embedding, QuantEmbedding):
+            delta = self.embedding(token_ids, self.dtype)
+        else:
+            delta = self.embedding(token_ids).to(self.dtype)
         stream = rotary = None
         if self.config.positions == "learned":
             delta = delta + self.positions(positions).to(self.dtype)
@@ -269,7 +270,7 @@ class GPT(nn.Module):
             rotary = self._rotary_tables(length, token_ids.device)
         for block in self.blocks:
             delta, stream = block(delta, stream, positions, rotary, paged)
-        if paged is not None and stream is not None:
+        if paged is not None and paged.cu_seqlens_q is not None and stream is not None:
             delta, stream = delta[paged.last], stream[paged.last]
         x, _ = self.norm(delta, stream)
         return self.head(x)

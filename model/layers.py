@@ -11,7 +11,7 @@ from torch import nn
 from tilewise.fused import layer_norm, rms_norm
 from tilewise.model.config import GPTConfig
 from tilewise.moe import moe
-from tilewise.quant import QuantizedTensor, QuantLinear
+from tilewise.quant import QuantizedTensor, QuantLinear, quantized_embedding
 
 __all__ = [
     "Experts",
@@ -19,6 +19,7 @@ __all__ = [
     "Norm",
     "QuantEmbedding",
     "RowBlocks",
+    "TiedHead",
     "Weight",
     "linear",
     "put",
@@ -62,15 +63,26 @@ class HeadNorm(nn.Module):
 
 
 class QuantEmbedding(QuantLinear):
-    """A quantized embedding table, of which only the rows looked up are ever dequantized."""
+    """A quantized embedding table, of which only the rows looked up are ever dequantized.
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids (...) -> rows (..., dim), float32."""
-        ids = token_ids.flatten()
-        scales, zeros = (None if part is None else part[ids] for part in (self.scales, self.zeros))
-        shape = (len(ids), self.in_features)
-        rows = QuantizedTensor(self.format, shape, self.group_size, self.data[ids], scales, zeros)
-        return rows.dequantize().unflatten(0, token_ids.shape)
+    `project` multiplies by the same table, where it is the output head too.
+    """
+
+    def forward(self, token_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """token_ids (...) -> rows (..., dim)."""
+        return quantized_embedding(token_ids, self.weight, dtype)
+
+
+class TiedHead(nn.Module):
+    """The output head that is the embedding table: it has no weights of its own."""
+
+    def __init__(self, embedding: QuantEmbedding) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # not a submodule: the table is counted and stored once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., dim) -> logits (..., vocab_size)."""
+        return self._embedding[0].project(x)
 
 
 class RowBlocks(nn.ModuleList):
@@ -156,10 +168,10 @@ def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
 
 
 def set_act(model: nn.Module, act: str | None) -> None:
-    """Have every quantized linear layer take its activations in this mode.
+    """Have every quantized linear layer take its activations in this mode; experts have none.
 
     Args:
-        model: embedding tables in it multiply nothing, and experts have no such mode.
+        model: holds the layers.
         act: of `tilewise.quantized_matmul`: None, or "int8".
 
     Raises:
@@ -168,5 +180,5 @@ def set_act(model: nn.Module, act: str | None) -> None:
     if act not in (None, "int8"):
         raise ValueError(f"act: must be None or 'int8', got {act!r}")
     for module in model.modules():
-        if isinstance(module, QuantLinear) and not isinstance(module, QuantEmbedding):
+        if isinstance(module, QuantLinear):
             module.act = act

@@ -20,9 +20,18 @@ TINY_LLAMA = {"dim": 64, "heads": 4, "kv_heads": 2, "ffn_dim": 96, "layers": 2}
 
 
 def write_llama_gguf(
-    path: Path, *, seed: int = 0, quantized: bool = True, experts: int = 0, merges: int = 4
+    path: Path,
+    *,
+    seed: int = 0,
+    quantized: bool = True,
+    experts: int = 0,
+    merges: int = 4,
+    v_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
 ) -> Path:
-    """A llama file with a byte-level tokenizer and mixed quantization types."""
+    """A llama file with a byte-level tokenizer and mixed quantization types.
+
+    `v_type` is the type of the values' projection; those of the queries and keys are Q4_1.
+    """
     random = np.random.default_rng(seed)
     c = TINY_LLAMA
     head_dim = c["dim"] // c["heads"]
@@ -73,7 +82,7 @@ def write_llama_gguf(
         add(f"blk.{i}.attn_norm.weight", c["dim"])
         add(f"blk.{i}.attn_q.weight", c["dim"], c["dim"], kind=types.Q4_1)
         add(f"blk.{i}.attn_k.weight", c["kv_heads"] * head_dim, c["dim"], kind=types.Q4_1)
-        add(f"blk.{i}.attn_v.weight", c["kv_heads"] * head_dim, c["dim"], kind=types.Q8_0)
+        add(f"blk.{i}.attn_v.weight", c["kv_heads"] * head_dim, c["dim"], kind=v_type)
         add(f"blk.{i}.attn_output.weight", c["dim"], c["dim"], kind=types.Q4_0)
         add(f"blk.{i}.ffn_norm.weight", c["dim"])
         wide, narrow = (c["ffn_dim"], c["dim"]), (c["dim"], c["ffn_dim"])

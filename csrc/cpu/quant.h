@@ -64,6 +64,9 @@ void quantized_matmul(const QuantizedMatmul& call);
 void quantized_matmul_backward(const QuantizedWeight& weight, const float* grad, int64_t rows,
                                float* grad_x);
 
+// Rows of the weight by number, to out (count, depth). The numbers are in range.
+void embed(const QuantizedWeight& weight, const int64_t* ids, int64_t count, DType dtype, void* out);
+
 // Rows [begin, end) of the weight in float32, to out (end - begin, depth).
 void dequantize_rows(const QuantizedWeight& weight, int64_t begin, int64_t end, float* out);
 

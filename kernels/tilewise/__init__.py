@@ -32,7 +32,14 @@ from tilewise.fused import (
 )
 from tilewise.moe import moe
 from tilewise.paged import OutOfPages, PagedKVCache, append_kv, paged_attention
-from tilewise.quant import QuantizedTensor, QuantLinear, quantize, quantize_, quantized_matmul
+from tilewise.quant import (
+    QuantizedTensor,
+    QuantLinear,
+    quantize,
+    quantize_,
+    quantized_embedding,
+    quantized_matmul,
+)
 
 __version__ = "0.1.0"
 
@@ -61,6 +68,7 @@ __all__ = [
     "paged_attention",
     "quantize",
     "quantize_",
+    "quantized_embedding",
     "quantized_matmul",
     "rms_norm",
     "rotary_embedding",

@@ -12,10 +12,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def why_not(x: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot take a call whose main tensor is `x`; None where they can."""
+    return why_not_dtype(x, x.dtype)
+
+
+def why_not_dtype(x: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """The same where the result's dtype is not that of `x`."""
     if x.device.type != "cpu":
         return f"needs tensors on the CPU, got {x.device}"
-    if x.dtype not in DTYPES:
-        return f"computes in float32, got {x.dtype}"
+    if dtype not in DTYPES:
+        return f"computes in float32, got {dtype}"
     return native.why_not_cpu()
 
 

@@ -219,6 +219,11 @@ def requested_backend(op: str) -> str:
     return overrides.get(op) or overrides.get(_EVERY_OP, "auto")
 
 
+def requests() -> Mapping[str, str]:
+    """What `use_backend` and `TILEWISE_BACKEND` ask for at the moment, by operation."""
+    return _OVERRIDES.get()
+
+
 @contextmanager
 def use_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
     """Ask for a backend within a `with` block.

@@ -17,7 +17,10 @@ import torch
 
 from tilewise.dispatch import BackendError
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+# Tuples and lists are of numbers: no operator takes several tensors as one argument.
+_PLAIN = frozenset(
+    {torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, tuple, list}
+)
 
 _LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
 

@@ -4,6 +4,7 @@ Weights are stored in 4 to 8 bits and widened next to the multiplication, so tha
 few rows, which is bound by memory, moves a fraction of the bytes.
 """
 
+from tilewise.quant.embedding import quantized_embedding
 from tilewise.quant.formats import FORMATS, PER_CHANNEL, Format, QuantizedTensor
 from tilewise.quant.gguf import from_gguf
 from tilewise.quant.linear import QuantLinear, quantize_
@@ -31,5 +32,6 @@ __all__ = [
     "quantization_error",
     "quantize",
     "quantize_",
+    "quantized_embedding",
     "quantized_matmul",
 ]

@@ -173,6 +173,28 @@ CASES = [
 ]
 
 
+def _embedding(weight: MakeWeight, shape: tuple[int, ...], n: int, k: int) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        token_ids = inputs.randint(0, n, *shape)
+        return {"token_ids": token_ids, "weight": weight(inputs, n, k), "dtype": inputs.dtype}
+
+    return make
+
+
+CASES += [
+    *(
+        Case("quantized_embedding", f"{name}-odd", _embedding(make, (3, 5), 63, 333))
+        for name, make in _FORMATS.items()
+    ),
+    *(
+        Case("quantized_embedding", f"{name}-odd", _embedding(_gguf(name), (3, 5), 63, 512))
+        for name in _GGUF
+    ),
+    Case("quantized_embedding", "one", _embedding(_INT8, (), 1, 1)),
+    Case("quantized_embedding", "empty", _embedding(_INT4, (2, 0), 16, 64)),
+]
+
+
 def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
     def call(inputs: Inputs) -> tuple[Any, ...]:
         a = make(inputs)
@@ -194,6 +216,12 @@ def _backward_call(weight: MakeWeight) -> Callable[[Inputs], tuple[Any, ...]]:
     return call
 
 
+def _embedding_call(inputs: Inputs) -> tuple[Any, ...]:
+    w = _INT4(inputs, 20, 64)
+    parts = (w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros)
+    return (inputs.randint(0, 20, 2, 3), *parts, torch.bfloat16)
+
+
 OPERATOR_CALLS = [
     ("quantized_matmul", _operator_call(_product(_INT4, 3, 16, 64))),
     ("quantized_matmul", _operator_call(_product(_gguf("Q4_K"), 3, 8, 256, bias=True))),
@@ -203,6 +231,7 @@ OPERATOR_CALLS = [
             _product(_INT8, 3, 16, 32, activation="swiglu", residual=True, rank=2, act="int8")
         ),
     ),
+    ("quantized_embedding", _embedding_call),
     ("quantized_matmul_backward", _backward_call(_INT4)),
     ("quantized_matmul_backward", _backward_call(_gguf("Q6_K"))),
 ]

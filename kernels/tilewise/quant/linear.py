@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from tilewise.quant.formats import QuantizedTensor
-from tilewise.quant.matmul import quantized_matmul
+from tilewise.quant.matmul import quantized_matmul, wants_panels
 from tilewise.quant.quantizer import quantize
+
+_PARTS = ("data", "scales", "zeros")
 
 
 class QuantLinear(nn.Module):
@@ -19,6 +21,9 @@ class QuantLinear(nn.Module):
     The parts of the weight are buffers `data`, `scales` and `zeros`, and the format travels as
     extra state, so `state_dict` and safetensors keep all of it. Casting the module to another
     dtype casts the bias and leaves the weight as it is.
+
+    The first call that the C++ kernels run turns the weight into their panels, for good: it takes
+    no more memory, and other backends still read it, slowly. State dicts hold rows all the same.
 
     Args:
         weight: (N, K).
@@ -42,6 +47,7 @@ class QuantLinear(nn.Module):
         act: str | None = None,
     ) -> None:
         super().__init__()
+        self._weight: QuantizedTensor | None = None  # what `data` and the like make up
         if len(weight.shape) != 2:
             raise ValueError(f"weight: shape must be (N, K), got {weight.shape}")
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -49,9 +55,8 @@ class QuantLinear(nn.Module):
             raise ValueError(f"bias: shape must be {wanted} (weight's N), got {got}")
         self.out_features, self.in_features = weight.shape
         self.format, self.group_size, self.act = weight.format, weight.group_size, act
-        self.register_buffer("data", weight.data)
-        self.register_buffer("scales", weight.scales)
-        self.register_buffer("zeros", weight.zeros)
+        for name in _PARTS:
+            self.register_buffer(name, getattr(weight, name))
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
@@ -60,14 +65,36 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> QuantizedTensor:
         """The weight, (out_features, in_features)."""
-        shape = (self.out_features, self.in_features)
-        return QuantizedTensor(
-            self.format, shape, self.group_size, self.data, self.scales, self.zeros
-        )
+        weight = self._weight
+        if weight is None or weight.data is not self.data or weight.scales is not self.scales:
+            shape = (self.out_features, self.in_features)
+            parts = (self.data, self.scales, self.zeros)
+            weight = self._weight = QuantizedTensor(self.format, shape, self.group_size, *parts)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`quantized_matmul` of x, (..., in_features)."""
-        return quantized_matmul(x, self.weight, self.bias, act=self.act)
+        return self.project(x)
+
+    def project(
+        self,
+        x: torch.Tensor,
+        *,
+        activation: str | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`quantized_matmul` with what can be fused to it."""
+        weight = self.weight
+        if not weight.is_panels and wants_panels(x, weight):
+            weight = self._hold(weight.to_panels())
+        return quantized_matmul(
+            x, weight, self.bias, activation=activation, residual=residual, act=self.act
+        )
+
+    def _hold(self, weight: QuantizedTensor) -> QuantizedTensor:
+        for name in _PARTS:
+            setattr(self, name, getattr(weight, name))
+        return weight
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -96,7 +123,22 @@ class QuantLinear(nn.Module):
         def move(t: torch.Tensor) -> torch.Tensor:
             return fn(t.view(torch.uint8)).view(t.dtype) if id(t) in stored else fn(t)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if self.data.device.type != "cpu" and self.weight.is_panels:
+            self._hold(self.weight.to_rows())
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        rows = self.weight.to_rows()
+        for name in _PARTS:
+            if getattr(rows, name) is not None:
+                destination[prefix + name] = getattr(rows, name)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._hold(self.weight.to_rows())
+        super()._load_from_state_dict(*args)
+        self._weight = None
 
 
 def quantize_(

@@ -108,6 +108,13 @@ _QUANTIZED_MATMUL = Op(
 )
 
 
+def wants_panels(x: torch.Tensor, weight: QuantizedTensor) -> bool:
+    """Whether the backend that would multiply the two reads weights in panels."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return _QUANTIZED_MATMUL.select("auto", (x, weight), {}).name == "cpu"
+
+
 def quantized_matmul(
     x: torch.Tensor,
     weight: QuantizedTensor,

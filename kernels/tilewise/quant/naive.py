@@ -1,4 +1,4 @@
-"""The definition of a product with a quantized weight."""
+"""The definitions of a product with a quantized weight and of rows of a quantized table."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def quantized_matmul(
     h = fake_quantize(x, activation_group(weight)) if act == "int8" else x
     y = F.linear(h.to(dtype), weight.dequantize(dtype))
     return finish(y, x, bias, activation, residual, adapter).to(x.dtype)
+
+
+def quantized_embedding(
+    token_ids: torch.Tensor,  # (...)
+    weight: QuantizedTensor,  # (N, K)
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The rows of that number, (..., K)."""
+    rows = weight.select_rows(token_ids.flatten()).dequantize(dtype)
+    return rows.reshape(*token_ids.shape, weight.shape[1])
 
 
 def finish(

@@ -17,7 +17,11 @@ from tilewise import cpu, native
 from tilewise.library import needs_grad
 from tilewise.quant import naive
 from tilewise.quant.formats import FORMATS, QuantizedTensor
-from tilewise.quant.operators import QUANTIZED_MATMUL, QUANTIZED_MATMUL_BACKWARD
+from tilewise.quant.operators import (
+    QUANTIZED_EMBEDDING,
+    QUANTIZED_MATMUL,
+    QUANTIZED_MATMUL_BACKWARD,
+)
 
 _FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
 """`enum class Format` of C++ is in the same order."""
@@ -109,6 +113,39 @@ def _quantized_matmul(
         out,
     )
     return out
+
+
+def why_not_embedding(
+    token_ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why the C++ kernel cannot take the call."""
+    return cpu.why_not_dtype(token_ids, dtype)
+
+
+def quantized_embedding(
+    token_ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The naive function of this name, by the C++ kernel."""
+    rows: torch.Tensor = QUANTIZED_EMBEDDING(token_ids, *_parts(weight), dtype, "cpu")
+    return rows
+
+
+@QUANTIZED_EMBEDDING.kernel("cpu")
+def _quantized_embedding(
+    token_ids: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    n, k = shape
+    weight = _panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
+    rows = token_ids.new_empty((*token_ids.shape, k), dtype=dtype)
+    native.cpu_ops().embedding(token_ids.contiguous(), *_describe(weight), rows)
+    return rows
 
 
 @QUANTIZED_MATMUL_BACKWARD.kernel("cpu")

@@ -1,4 +1,4 @@
-"""The registered operator behind kernels for quantized weights that PyTorch cannot trace."""
+"""The registered operators behind kernels for quantized weights that PyTorch cannot trace."""
 
 from __future__ import annotations
 
@@ -92,3 +92,39 @@ def _quantized_matmul_backward_kernel(
     weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
     dtype = compute_dtype(grad)
     return (grad.to(dtype) @ weight.dequantize(dtype)).to(grad.dtype)
+
+
+def _fake_embedding(
+    token_ids: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return token_ids.new_empty((*token_ids.shape, shape[1]), dtype=dtype)
+
+
+QUANTIZED_EMBEDDING = Contract(
+    "quantized_embedding",
+    "(Tensor token_ids, str format, int[] shape, int group_size, Tensor data, Tensor? scales, "
+    "Tensor? zeros, ScalarType dtype) -> Tensor",
+    _fake_embedding,
+)
+
+
+@QUANTIZED_EMBEDDING.kernel("naive")
+def _quantized_embedding_kernel(
+    token_ids: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
+    return naive.quantized_embedding(token_ids, weight, dtype)

@@ -1,6 +1,7 @@
-// The weights themselves in float32, and the gradient of x: grad W, for a weight that is not trained.
+// The weights themselves, rows of an embedding table, and the gradient of x: grad W, for a weight that
+// is not trained.
 //
-// A task computes 128 columns of the gradient. It widens the weight's rows 256 at a time, which are
+// A task of the gradient computes 128 of its columns. It widens the weight's rows 256 at a time, which are
 // then the depth of a product as in gemm.h: sums run over the weight's rows in one order.
 #include "cpu/gemm.h"
 #include "cpu/quant_activations.h"
@@ -40,6 +41,22 @@ void dequantize(const QuantizedWeight& w, int64_t begin, int64_t end, float* out
   });
 }
 
+template <class F, class T>
+void embed_rows(const QuantizedWeight& w, const int64_t* ids, int64_t count, T* out) {
+  parallel_rows(count, w.depth * PANEL_ROWS, [&](int64_t i) {
+    float wide[PANEL_ROWS * COLUMNS];
+    const int64_t strips = strips_of(w.depth);
+    for (int64_t s = 0; s < strips; s += TASK_STRIPS) {
+      widen_rows<F>(w, ids[i] / PANEL_ROWS, s, std::min(strips - s, TASK_STRIPS), wide);
+      const float* row = wide + ids[i] % PANEL_ROWS * COLUMNS;
+      T* to = out + i * w.depth + s * STRIP;
+      for_vectors(std::min(w.depth - s * STRIP, COLUMNS), [&](int64_t k, auto part, int) {
+        part.store(to + k, part.load(row + k));
+      });
+    }
+  });
+}
+
 template <class F>
 void backward(const QuantizedWeight& w, const float* grad, int64_t rows, float* out) {
   const int64_t strips = strips_of(w.depth), panels = panels_of(w.rows);
@@ -69,6 +86,17 @@ void dequantize_rows(const QuantizedWeight& weight, int64_t begin, int64_t end, 
   if (begin >= end) return;
   with_format(weight.format,
               [&](auto format) { dequantize<decltype(format)>(weight, begin, end, out); });
+}
+
+void embed(const QuantizedWeight& weight, const int64_t* ids, int64_t count, DType dtype, void* out) {
+  with_format(weight.format, [&](auto format) {
+    using F = decltype(format);
+    switch (dtype) {
+      case DType::f32: return embed_rows<F>(weight, ids, count, static_cast<float*>(out));
+      case DType::f16: return embed_rows<F>(weight, ids, count, static_cast<Half*>(out));
+      default: return embed_rows<F>(weight, ids, count, static_cast<BFloat16*>(out));
+    }
+  });
 }
 
 void quantized_matmul_backward(const QuantizedWeight& weight, const float* grad, int64_t rows,

@@ -1,0 +1,27 @@
+// Recording: while a thread records, every operator that it calls is also written down, with its
+// arguments, to be called again without Python. Arguments hold on to their tensors, so a recording
+// that is replayed reads and writes the same memory again: who wants other results writes other
+// inputs there first.
+#pragma once
+
+#include <functional>
+
+namespace tilewise {
+
+// Adds a call to the recording of this thread; is_recording() first.
+bool is_recording();
+void record(std::function<void()> call);
+
+template <auto OPERATOR>
+struct Recorded;
+
+// The operator itself, to be registered in its place.
+template <class... Arguments, void (*OPERATOR)(Arguments...)>
+struct Recorded<OPERATOR> {
+  static void call(Arguments... arguments) {
+    if (is_recording()) record([=] { OPERATOR(arguments...); });
+    OPERATOR(arguments...);
+  }
+};
+
+}  // namespace tilewise

@@ -1,0 +1,108 @@
+"""Recordings of C++ kernel calls: a function of many small calls, run again without Python.
+
+One step of decoding a small model is hundreds of kernel calls of a few microseconds, and getting to
+each of them from Python takes longer than the kernel. As CUDA graphs do on a GPU, `CpuGraph` runs a
+function once, writes down which kernels it called on which tensors, and from then on calls them one
+after the other from C++, on threads that stay awake in between.
+
+    step()  # once before: weights are laid out for the kernels, tables are made
+    graph, logits = CpuGraph.capture(step)
+    token_ids.copy_(next_token_ids)
+    graph.replay()  # logits has new values
+
+The tensors are always the same ones: who wants another result writes other inputs into them. What
+is not a C++ kernel of ours cannot be recorded, and must not be forgotten either: every operator
+that PyTorch runs meanwhile is looked at, and one that computes anything ends the capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tilewise import native
+from tilewise.library import CONTRACTS
+
+T = TypeVar("T")
+
+_ALLOCATIONS = frozenset(
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
+)
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be recorded; the message says why."""
+
+
+class CpuGraph:
+    """The C++ kernel calls of one run of a function; see `capture`."""
+
+    def __init__(self, ops: native.Operators, number: int) -> None:
+        self._ops, self._number = ops, number
+
+    @classmethod
+    def capture(cls, function: Callable[[], T]) -> tuple[CpuGraph, T]:
+        """Run `function` and record its kernel calls.
+
+        Args:
+            function: calls C++ kernels on the CPU, and otherwise only makes views and allocates.
+                Every number it takes from a tensor would be frozen, so taking one is refused too.
+
+        Returns:
+            The recording, and what the function returned: its tensors are those that a replay
+            writes to.
+
+        Raises:
+            CaptureError: if it ran anything else; it was stopped there.
+        """
+        reason = native.why_not_cpu()
+        if reason is not None:
+            raise CaptureError(reason)
+        ops = native.cpu_ops()
+        ops.begin_recording()
+        is_complete = False
+        try:
+            with torch.no_grad(), _Watch():
+                result = function()
+            is_complete = True
+        finally:
+            number = ops.end_recording(is_complete)
+        return cls(ops, number), result
+
+    def replay(self) -> None:
+        """Make the recorded calls again, on the values that their tensors hold now."""
+        self._ops.replay(self._number)
+
+    def __del__(self) -> None:
+        self._ops.forget_recording(self._number)
+
+
+class _Watch(TorchDispatchMode):
+    """Lets views, allocations and our own kernels pass, and looks into those."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "tilewise":
+            with self:
+                return CONTRACTS[func._opname]._run(*args)
+        is_kernel = func.namespace.startswith("tilewise_")
+        if is_kernel or func._opname in _ALLOCATIONS or _is_view(func):
+            return func(*args, **kwargs)
+        raise CaptureError(f"{func} is computed by PyTorch, and only C++ kernels can be recorded")
+
+
+def _is_view(func: Any) -> bool:
+    """Whether all results share memory with an argument, and nothing is written."""
+    returns = func._schema.returns
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )

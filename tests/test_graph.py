@@ -1,0 +1,127 @@
+"""Recordings of C++ kernel calls: what they compute again, and what they refuse."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import tilewise as tw
+from tilewise import native
+from tilewise.graph import CaptureError, CpuGraph
+from tilewise.testing import Inputs, nan_filled_empty
+
+pytestmark = pytest.mark.skipif(
+    native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
+)
+
+
+class Layer:
+    """A norm, a projection and an activation, on an input that stays where it is."""
+
+    def __init__(self, rows: int = 3) -> None:
+        inputs = Inputs()
+        self.x, self.norm = inputs.randn(rows, 64), inputs.randn(64)
+        self.weight = tw.quantize(inputs.randn(512, 64), search="minmax").to_panels()
+
+    def __call__(self) -> torch.Tensor:
+        h = tw.rms_norm(self.x, self.norm, 1e-5)
+        return tw.quantized_matmul(h, self.weight, activation="swiglu")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_replay_computes_what_a_call_does(threads):
+    layer, before = Layer(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with nan_filled_empty():
+            graph, out = CpuGraph.capture(layer)
+        assert torch.equal(out, layer())
+        for seed in range(20):
+            layer.x.copy_(Inputs(seed=seed).randn(*layer.x.shape))
+            expected = layer()
+            out.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(out, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_replay_needs_nothing_that_python_holds():
+    layer = Layer()
+    expected, x = layer(), layer.x
+    graph, out = CpuGraph.capture(layer)
+    del layer
+    gc.collect()
+    x.mul_(1)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_two_recordings_on_two_threads():
+    layers = [Layer(2), Layer(5)]
+    graphs = [CpuGraph.capture(layer) for layer in layers]
+    expected = [layer() for layer in layers]
+
+    def replay(graph):
+        for _ in range(50):
+            graph.replay()
+
+    threads = [threading.Thread(target=replay, args=(graph,)) for graph, _ in graphs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (_, out), values in zip(graphs, expected, strict=True):
+        assert torch.equal(out, values)
+
+
+@pytest.mark.parametrize(
+    ("compute", "what"),
+    [
+        (lambda x: tw.swiglu(x, x) + 1, "aten.add"),
+        (lambda x: tw.swiglu(x, x) * float(x[0, 0]), "aten._local_scalar_dense"),
+        (lambda x: tw.swiglu(x, x).contiguous().mT.contiguous(), "aten.clone"),
+        (lambda x: tw.swiglu(x, x, backend="naive"), "aten.silu"),
+        (lambda x: x.zero_(), "aten.zero_"),
+    ],
+)
+def test_what_pytorch_computes_is_refused(compute, what):
+    x = Inputs().randn(3, 8)
+    with pytest.raises(CaptureError, match=f"{what}.* only C\\+\\+ kernels can be recorded"):
+        CpuGraph.capture(lambda: compute(x))
+    layer = Layer()  # and the thread no longer records
+    graph, out = CpuGraph.capture(layer)
+    graph.replay()
+    assert torch.equal(out, layer())
+
+
+def test_views_are_no_calls():
+    x = Inputs().randn(4, 6, 8)
+    graph, out = CpuGraph.capture(lambda: tw.swiglu(*x.unflatten(-1, (2, 4)).unbind(-2)).mT[1:])
+    x.neg_()
+    graph.replay()
+    assert torch.equal(out, tw.swiglu(*x.unflatten(-1, (2, 4)).unbind(-2)).mT[1:])
+
+
+def test_an_error_of_the_function_ends_the_recording():
+    def fail() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        CpuGraph.capture(fail)
+    CpuGraph.capture(Layer())
+
+
+def test_an_error_in_a_kernel_reaches_python():
+    table = tw.quantize(Inputs().randn(16, 32)).to_panels()
+    ids = torch.tensor([3])
+    graph, out = CpuGraph.capture(lambda: tw.quantized_embedding(ids, table))
+    ids.fill_(16)
+    with pytest.raises(RuntimeError, match="token_ids: out of range"):
+        graph.replay()
+    ids.fill_(5)
+    graph.replay()
+    assert torch.equal(out, table.dequantize()[ids])

@@ -1,0 +1,80 @@
+"""Decoding steps that are recorded and replayed: the same tokens as the model's own."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from model_files import write_llama_gguf
+
+import tilewise
+from tilewise import native
+from tilewise.model import load
+from tilewise.model.decode import Decoder
+from tilewise.paged import PagedKVCache
+
+needs_cpu = pytest.mark.skipif(
+    native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
+)
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_llama_gguf(path, v_type=gguf.GGMLQuantizationType.Q4_1)
+    return load(path).gpt
+
+
+def decoded(gpt, steps: int = 12, size: int = 2) -> tuple[list[torch.Tensor], Decoder]:
+    config = gpt.config
+    cache = PagedKVCache(config.layers, 40, 3, config.kv_heads, config.head_dim)
+    sequences = [cache.add_sequence() for _ in range(size)]
+    decoder = Decoder(gpt, cache, size)
+    generator = torch.Generator().manual_seed(0)
+    logits = []
+    for _ in range(steps):
+        tokens = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
+        logits.append(decoder.step(sequences, tokens).clone())
+    return logits, decoder
+
+
+@needs_cpu
+def test_replayed_steps_are_the_models_own(gpt, monkeypatch):
+    actual, decoder = decoded(gpt)
+    assert decoder.why_not_recorded is None
+    monkeypatch.setattr(Decoder, "_record", lambda self: None)
+    expected, _ = decoded(gpt)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def test_another_backend_is_not_recorded(gpt):
+    with tilewise.use_backend("naive"):
+        logits, decoder = decoded(gpt)
+    assert "computed by PyTorch" in decoder.why_not_recorded
+    assert all(x.isfinite().all() for x in logits)
+
+
+@needs_cpu
+def test_a_recording_is_not_replayed_under_another_backend(gpt, monkeypatch):
+    config = gpt.config
+    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
+    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
+    for token in range(4):
+        decoder.step([sequence], [token])
+    called = []
+    monkeypatch.setattr(gpt, "forward", lambda *args: called.append(args) or torch.zeros(1, 1))
+    decoder.step([sequence], [4])
+    assert not called
+    with tilewise.use_backend("naive"):
+        decoder.step([sequence], [5])
+    assert called
+
+
+@needs_cpu
+def test_sequences_that_end_leave_a_smaller_step(gpt):
+    model = tilewise.model.LanguageModel(gpt)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    together = model.generate(prompts, 9)
+    for prompt, generation in zip(prompts, together, strict=True):
+        assert generation.token_ids == model.generate(prompt, 9).token_ids
