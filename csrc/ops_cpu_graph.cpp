@@ -66,11 +66,13 @@ thread_local Team* led_team = nullptr;
 
 }  // namespace
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context) {
   if (led_team) return led_team->run(tasks, body, context);
   // Each thread takes the next task that nobody has: tasks may be of very different length.
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t threads = std::min(tasks, thread_count());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < tasks; i = next++) body(i, context);
   });
@@ -123,7 +125,7 @@ void replay(int64_t number) {
   Team team;
   // An error must not cross the threads: it is thrown again where Python waits for it.
   std::exception_ptr error;
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t) {
+  torch::stable::parallel_for(0, thread_count(), 1, [&](int64_t begin, int64_t) {
     if (begin != 0) return team.help();
     led_team = &team;
     try {

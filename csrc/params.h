@@ -12,6 +12,9 @@ enum class DType : int32_t { f32, f16, bf16, i8, f8e4m3, i4 };
 // when all before it have been. The bindings define it; kernels call `parallel` in cpu/parallel.h.
 void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context);
 
+// How many threads that may be. Results must not depend on it.
+int64_t thread_count();
+
 // A (batch, seq, heads, dim) tensor, or (tokens, heads, dim) with batch stride 0.
 struct Heads {
   void* data;

@@ -17,35 +17,51 @@ namespace tilewise {
 namespace {
 
 constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
-constexpr int CHUNK = 4;                       // strips that are decoded at a time
-constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight
-constexpr int MAX_PANELS = 16;
+constexpr int CHUNK = 2;                       // strips that are decoded at a time
+constexpr int64_t FEW_ROWS = 4;                // of x, which leave the weight the bottleneck
+constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight, then, so that it streams
+constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 
-// One strip of codes times ROWS rows of x, added to 16 sums a row.
+// One strip of codes times ROWS rows of x, which are CHUNK strips apart, added to 16 sums a row.
 template <class F, int DIGITS, int ROWS>
-void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* const* x, float* sums,
-                    int64_t sums_stride) {
+void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, int64_t sums_stride) {
+  constexpr int EACH = QUADS / F::GROUPS;
+  constexpr int ROOM = std::min(Products<F::BITS>::ROOM, EACH);
+  // With many rows a step is not unrolled: compilers then multiply first and add later, and run out
+  // of registers.
+  constexpr int STEP = ROOM == EACH && ROWS * DIGITS > 3 ? 1 : ROOM;
   for (int g = 0; g < F::GROUPS; ++g) {
-    constexpr int EACH = QUADS / F::GROUPS;
     Products<F::BITS> products[ROWS][DIGITS][VECTORS];
+#pragma GCC unroll 1
+    for (int step = 0; step < EACH; step += STEP) {
 #pragma GCC unroll 8
-    for (int q = 0; q < EACH; ++q) {
-      I32 codes[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) codes[v] = load_int(&w.codes[g * EACH + q][v * W][0]);
+      for (int q = g * EACH + step; q < g * EACH + step + STEP; ++q) {
+        I32 codes[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) codes[v] = load_int(&w.codes[q][v * W][0]);
 #pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-        for (int d = 0; d < DIGITS; ++d) {
-          int32_t four;
-          std::memcpy(&four, x[r]->codes[d] + (g * EACH + q) * 4, 4);
-          const I32 all = I32::all(four);
-          for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(codes[v], all, q);
+          for (int d = 0; d < DIGITS; ++d) {
+            int32_t four;
+            std::memcpy(&four, x[r * CHUNK].codes[d] + q * 4, 4);
+            const I32 all = I32::all(four);
+            for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(codes[v], all);
+          }
+        }
+      }
+      if constexpr (ROOM < EACH) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+          for (int d = 0; d < DIGITS; ++d) {
+            for (int v = 0; v < VECTORS; ++v) products[r][d][v].widen();
+          }
         }
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const SplitStrip<DIGITS>& row = *x[r];
+      const SplitStrip<DIGITS>& row = x[r * CHUNK];
       for (int v = 0; v < VECTORS; ++v) {
         F32 value = F32::zero();
 #pragma GCC unroll 8
@@ -58,29 +74,60 @@ void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* const* x, float* s
         }
         F32 scale = load(&w.scale[g][v * W]) * F32::all(row.scale);
         float* sum = sums + r * sums_stride + v * W;
+        F32 before = load(sum);
         if constexpr (F::HAS_SHIFT) {
-          value = fma(value, scale, load(&w.shift[g][v * W]) * F32::all(row.totals[g]));
-          store(sum, load(sum) + value);
-        } else {
-          store(sum, fma(value, scale, load(sum)));
+          before = fma(load(&w.shift[g][v * W]), F32::all(row.totals[g]), before);
         }
+        store(sum, fma(value, scale, before));
       }
     }
   }
 }
 
+// The rows of x as bytes, CHUNK strips of all rows behind each other: a pass over the rows with a few
+// decoded strips of the weight then reads memory in one direction.
+template <int DIGITS>
+class SplitRows {
+ public:
+  using Chunk = SplitStrip<DIGITS>[CHUNK];
+
+  // `is_possible` is false if a row cannot be split.
+  SplitRows(const QuantizedMatmul& call, bool halves) : rows_(call.rows) {
+    const int64_t depth = call.weight.depth, strips = strips_of(depth);
+    const int64_t group = DIGITS == 1 ? activation_strips(call) : 1;
+    data_ = make_workspace<Chunk>(rows_ * ((strips + CHUNK - 1) / CHUNK));
+    std::atomic<bool> possible{true};
+    parallel_rows(rows_, strips * STRIP, [&](int64_t m) {
+      const auto row = make_workspace<float>(strips * STRIP);
+      const auto split = make_workspace<SplitStrip<DIGITS>>(strips);
+      load_row(call, m, row.get());
+      if (!split_row(row.get(), depth, group, halves, split.get())) possible = false;
+      for (int64_t s = 0; s < strips; ++s) data_[s / CHUNK * rows_ + m][s % CHUNK] = split[s];
+    });
+    is_possible = possible;
+  }
+
+  // All rows of the chunk that begins with strip `first`.
+  const Chunk* chunk(int64_t first) const { return data_.get() + first / CHUNK * rows_; }
+  int64_t rows() const { return rows_; }
+
+  bool is_possible;
+
+ private:
+  int64_t rows_;
+  Workspace<Chunk> data_;
+};
+
 template <class F, int DIGITS, int ROWS>
-void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS>* x, int64_t x_stride,
-                     int64_t rows, float* sums, int64_t sums_stride) {
-  for (; rows >= ROWS; rows -= ROWS, x += ROWS * x_stride, sums += ROWS * sums_stride) {
+void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
+                     float* sums, int64_t sums_stride) {
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums += ROWS * sums_stride) {
     for (int s = 0; s < strips; ++s) {
-      const SplitStrip<DIGITS>* each[ROWS];
-      for (int r = 0; r < ROWS; ++r) each[r] = x + r * x_stride + s;
-      multiply_strip<F, DIGITS, ROWS>(w[s], each, sums, sums_stride);
+      multiply_strip<F, DIGITS, ROWS>(w[s], x[0] + s, sums, sums_stride);
     }
   }
   if constexpr (ROWS > 1) {
-    multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, x_stride, rows, sums, sums_stride);
+    multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums, sums_stride);
   }
 }
 
@@ -96,47 +143,41 @@ inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
 }
 
+// Some panels with all rows of x: a chunk of x is read once for all of them.
 template <class F, int DIGITS>
-void multiply_panel(const QuantizedWeight& w, int64_t panel, const SplitStrip<DIGITS>* x,
-                    int64_t rows, float* sums, int64_t sums_stride) {
+void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
+                     const SplitRows<DIGITS>& x, float* sums, int64_t sums_stride) {
   const int64_t strips = strips_of(w.depth);
   const int64_t strip_bytes = strips ? w.panel_bytes / strips : 0;
   Strip decoded[CHUNK];
-  for (int64_t m = 0; m < rows; ++m) std::fill_n(sums + m * sums_stride, PANEL_ROWS, 0.0f);
   for (int64_t first = 0; first < strips; first += CHUNK) {
-    const int count = static_cast<int>(std::min<int64_t>(strips - first, CHUNK));
-    prefetch(w.data + panel * w.panel_bytes + first * strip_bytes, count * strip_bytes);
-    for (int s = 0; s < count; ++s) decode_strip<F>(w, panel, first + s, decoded[s]);
-    multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, count, x + first, strips, rows, sums,
-                                                     sums_stride);
+    const int deep = static_cast<int>(std::min<int64_t>(strips - first, CHUNK));
+    for (int i = 0; i < count; ++i) {
+      prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes);
+      for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
+      multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first), x.rows(),
+                                                       sums + i * PANEL_ROWS, sums_stride);
+    }
   }
-}
-
-template <int DIGITS>
-bool split(const QuantizedMatmul& call, bool halves, SplitStrip<DIGITS>* out) {
-  const int64_t strips = strips_of(call.weight.depth);
-  const int64_t group = DIGITS == 1 ? activation_strips(call) : 1;
-  std::atomic<bool> possible{true};
-  parallel_rows(call.rows, strips * STRIP, [&](int64_t m) {
-    const auto row = make_workspace<float>(strips * STRIP);
-    load_row(call, m, row.get());
-    if (!split_row(row.get(), call.weight.depth, group, halves, out + m * strips)) possible = false;
-  });
-  return possible;
 }
 
 template <class F, int DIGITS>
 bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const QuantizedWeight& w = call.weight;
-  const auto x = make_workspace<SplitStrip<DIGITS>>(call.rows * strips_of(w.depth));
-  if (!split<DIGITS>(call, F::GROUPS == 2, x.get())) return false;
-  for_panels<MAX_PANELS>(call, finish, TASK_BYTES / std::max<int64_t>(w.panel_bytes, 1),
-                         [&](const int64_t* panels, int count, float* sums) {
-                           for (int i = 0; i < count; ++i) {
-                             multiply_panel<F, DIGITS>(w, panels[i], x.get(), call.rows,
-                                                       sums + i * PANEL_ROWS, count * PANEL_ROWS);
-                           }
-                         });
+  const SplitRows<DIGITS> x(call, F::GROUPS == 2);
+  if (!x.is_possible) return false;
+  // With few rows a panel at a time, in the order in which memory holds them.
+  const bool has_few_rows = x.rows() <= FEW_ROWS;
+  for_panels(
+      call, finish, has_few_rows ? equal_shares(w, TASK_BYTES) : SHARED_PANELS,
+      [&](const int64_t* panels, int count, float* sums) {
+        const int64_t stride = count * PANEL_ROWS;
+        std::fill_n(sums, x.rows() * stride, 0.0f);
+        const int together = has_few_rows ? 1 : count;
+        for (int i = 0; i < count; i += together) {
+          multiply_panels<F, DIGITS>(w, panels + i, together, x, sums + i * PANEL_ROWS, stride);
+        }
+      });
   return true;
 }
 

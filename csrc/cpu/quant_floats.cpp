@@ -13,8 +13,7 @@ namespace tilewise {
 namespace {
 
 constexpr int W = F32::WIDTH;
-constexpr int MAX_PANELS = 8;               // of the weight that share a pass over x
-constexpr int64_t TASK_BYTES = 64 << 10;
+constexpr int64_t SHARED_PANELS = 8;              // of the weight, in a pass over x
 constexpr int64_t ROWS_AT_ONCE = 16 * TILE_ROWS;  // of x, for the second-level cache
 constexpr int64_t DEPTH_STRIPS = PANEL_DEPTH / STRIP;
 
@@ -41,8 +40,8 @@ void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const flo
   const int64_t strips = strips_of(w.depth), rows = call.rows;
   constexpr int64_t SIDE = PANEL / PANEL_ROWS;  // panels of the weight in one of gemm.h
   constexpr int64_t BLOCK = PANEL_DEPTH * PANEL;
-  for_panels<MAX_PANELS>(
-      call, finish, TASK_BYTES / std::max<int64_t>(w.panel_bytes, 1),
+  for_panels(
+      call, finish, SHARED_PANELS,
       [&](const int64_t* panels, int count, float* sums) {
         const int64_t blocks = (count + SIDE - 1) / SIDE, stride = count * PANEL_ROWS;
         const auto wide = make_workspace<float>(blocks * BLOCK);

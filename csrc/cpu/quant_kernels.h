@@ -21,10 +21,18 @@ inline bool is_integer(Format format) { return format != Format::nf4 && format !
 
 inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
-// The work on a weight, in tasks of `count` <= MAX_PANELS panels: body(panels, count, sums) writes the
-// products of their rows with all rows of x to sums (rows, count * 16), which are then finished. The
-// panels of a gated weight come in pairs, all first halves before all second ones.
-template <int MAX_PANELS, class Body>
+// Panels of a task that reads about `bytes` of the weight, so that all threads have equally many.
+inline int64_t equal_shares(const QuantizedWeight& w, int64_t bytes) {
+  const int64_t panels = panels_of(w.rows), threads = thread_count();
+  const int64_t rounds = (panels * w.panel_bytes + threads * bytes - 1) / (threads * bytes);
+  const int64_t tasks = std::max<int64_t>(rounds, 1) * threads;
+  return (panels + tasks - 1) / tasks;
+}
+
+// The work on a weight, in tasks of up to `each` panels: body(panels, count, sums) writes the products
+// of their rows with all rows of x to sums (rows, count * 16), which are then finished. The panels of
+// a gated weight come in pairs, all first halves before all second ones.
+template <class Body>
 inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
                        const Body& body) {
   const int64_t rows = call.rows, outputs = finish.outputs();
@@ -34,16 +42,16 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
   const int64_t all = panels_of(is_paired ? outputs : call.weight.rows);
   const int64_t kept_stride = all * PANEL_ROWS;
   const auto kept = make_workspace<float>(is_kept ? rows * kept_stride : 0);
-  each = std::clamp<int64_t>(each, 1, is_paired ? MAX_PANELS / 2 : MAX_PANELS);
+  each = std::max<int64_t>(is_paired ? each / 2 : each, 1);
 
   parallel((all + each - 1) / each, [&](int64_t task) {
     const int64_t begin = task * each;
     const int half = static_cast<int>(std::min(all - begin, each));
     const int count = is_paired ? 2 * half : half;
-    int64_t panels[MAX_PANELS];
+    const auto panels = make_workspace<int64_t>(count);
     for (int i = 0; i < count; ++i) panels[i] = i < half ? begin + i : begin + i - half + all;
     const auto sums = make_workspace<float>(rows * count * PANEL_ROWS);
-    body(panels, count, sums.get());
+    body(panels.get(), count, sums.get());
     for (int64_t m = 0; m < rows; ++m) {
       for (int i = 0; i < half; ++i) {
         float* y = sums.get() + (m * count + i) * PANEL_ROWS;

@@ -52,16 +52,15 @@ inline F32 look_up(const float* table, I32 x) {
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
 constexpr int BYTE_OFFSET = 128;
 
-// The sums of four products of bytes in each lane, over eight vectors of codes of BITS bits.
+// Sums of four products of bytes in each lane: codes of BITS bits times x.
 template <int BITS>
 class Products {
  public:
-  void add(I32 codes, I32 x, int) { sum_ = _mm512_dpbusd_epi32(sum_, codes.v, x.v); }
-  I32 take() {
-    const I32 sum = sum_;
-    sum_ = _mm512_setzero_si512();
-    return sum;
-  }
+  static constexpr int ROOM = 8;  // calls of add() before widen() or take()
+
+  void add(I32 codes, I32 x) { sum_ = _mm512_dpbusd_epi32(sum_, codes.v, x.v); }
+  void widen() {}
+  I32 take() const { return sum_; }
 
  private:
   __m512i sum_ = _mm512_setzero_si512();
@@ -121,40 +120,33 @@ inline F32 look_up(const float* table, I32 x) {
 // What is added to signed bytes before they are multiplied: nothing, see Products.
 constexpr int BYTE_OFFSET = 0;
 
-// The sums of four products of bytes in each lane, over eight vectors of codes of BITS bits:
-// unsigned below 8, signed with 8. x must not be -128.
+// Sums of four products of bytes in each lane: codes of BITS bits, unsigned below 8 and signed with 8,
+// times x, which must not be -128.
 //
 // vpmaddubsw adds two products in 16 bits and saturates, so sums may stay there for eight vectors
-// of 4-bit codes (15 * 127 * 2 * 8 = 30480), four of 5 bits and two of 6. Bytes have no room at
-// all: |w| times x with the sign of w is at most 128 * 127 * 2 = 32512.
+// of 4-bit codes (15 * 127 * 2 * 8 = 30480), four of 5 bits and two of 6. Bytes have room for one:
+// |w| times x with the sign of w is at most 128 * 127 * 2 = 32512.
 template <int BITS>
 class Products {
  public:
-  void add(I32 codes, I32 x, int i) {
-    if constexpr (BITS == 8) {
-      const __m256i product =
-          _mm256_maddubs_epi16(_mm256_abs_epi8(codes.v), _mm256_sign_epi8(x.v, codes.v));
-      wide_ = _mm256_add_epi32(wide_, _mm256_madd_epi16(product, _mm256_set1_epi16(1)));
-    } else {
-      constexpr int ROOM = BITS <= 4 ? 8 : BITS == 5 ? 4 : 2;
-      narrow_ = _mm256_add_epi16(narrow_, _mm256_maddubs_epi16(codes.v, x.v));
-      if (ROOM < 8 && i % ROOM == ROOM - 1) widen();
-    }
+  static constexpr int ROOM = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
+
+  void add(I32 codes, I32 x) {
+    const __m256i product =
+        BITS == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(codes.v), _mm256_sign_epi8(x.v, codes.v))
+                  : _mm256_maddubs_epi16(codes.v, x.v);
+    narrow_ = ROOM == 1 ? product : _mm256_add_epi16(narrow_, product);
+  }
+  void widen() {
+    wide_ = _mm256_add_epi32(wide_, _mm256_madd_epi16(narrow_, _mm256_set1_epi16(1)));
+    narrow_ = _mm256_setzero_si256();
   }
   I32 take() {
-    if (BITS <= 4) widen();
-    const I32 sum = wide_;
-    wide_ = _mm256_setzero_si256();
-    return sum;
+    widen();
+    return wide_;
   }
 
  private:
-  void widen() {
-    const __m256i wide = _mm256_madd_epi16(narrow_, _mm256_set1_epi16(1));
-    wide_ = _mm256_add_epi32(wide_, wide);
-    narrow_ = _mm256_setzero_si256();
-  }
-
   __m256i narrow_ = _mm256_setzero_si256(), wide_ = _mm256_setzero_si256();
 };
 
