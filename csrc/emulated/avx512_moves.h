@@ -238,4 +238,19 @@ inline __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   return emulated::vector<__m512i>(to);
 }
 
+// --- integers, for quantized weights --------------------------------------------------------------
+
+#define TILEWISE_SHIFT(name)                                                              \
+  inline __m512i _mm512_##name##_epi32(__m512i a, __m128i count) {                        \
+    return {_mm256_##name##_epi32(a.low, count), _mm256_##name##_epi32(a.high, count)};   \
+  }
+TILEWISE_SHIFT(srl)
+TILEWISE_SHIFT(sll)
+TILEWISE_SHIFT(sra)
+#undef TILEWISE_SHIFT
+
+inline __m512i _mm512_broadcast_i32x4(__m128i a) {
+  return {_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a)};
+}
+
 }  // namespace tilewise
