@@ -122,7 +122,10 @@ def _fetch(checkpoint: Checkpoint, keys: list[str], dtype: torch.dtype) -> Store
         if any(part.shape != block.shape for part in parts):
             raise ModelError(f"the shapes of {keys[0]!r} and its like differ")
         block = block.map(lambda _: torch.stack([part.data for part in parts]))
-    return block if block.ggml_type is not None else block.map(lambda data: data.to(dtype))
+    if block.ggml_type is not None:
+        return block
+    # A vector that stayed in the mapped file would keep all of it mapped, and in memory.
+    return block.map(lambda data: data.to(dtype, copy=data.dim() == 1))
 
 
 def _join(blocks: list[Stored], shape: tuple[int, ...], where: str) -> list[Stored]:

@@ -130,6 +130,7 @@ def test_the_wheel_holds_every_source_file(wheel):
         for path in source.rglob("*.py"):
             assert f"{target}/{path.relative_to(source).as_posix()}" in wheel
     assert "tilewise/py.typed" in wheel
+    assert "tilewise/model/the_time_machine.txt" in wheel
 
 
 def test_an_installed_package_builds_from_its_own_sources(wheel_file, tmp_path, run_python):

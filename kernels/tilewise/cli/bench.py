@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from tilewise.cli import quality
 from tilewise.cli.console import (
     Commands,
     UserError,
@@ -47,6 +48,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline of the operations")
+    quality.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -60,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if options.repetitions < 1:
         raise UserError("--repetitions: must be at least 1")
     device = device_of(options)
+    if options.quality:
+        return quality.run_quality(options, device)
     everything = options.op is None and options.model is None
     rows = _operations(options, device) if everything or options.op else []
     wrong = any(row.disagrees for row in rows)
