@@ -83,6 +83,11 @@ class CpuGraph:
 class _Watch(TorchDispatchMode):
     """Lets views, allocations and our own kernels pass, and looks into those."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. To skip what nobody compiles, it would import its compiler: 2 s, 60 MB."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
