@@ -194,6 +194,18 @@ def quantized(tokens: int, width: int, outputs: int, scheme: str, **options: Any
     return make
 
 
+def embedded(tokens: int, vocabulary: int, width: int, scheme: str, **options: Any) -> Make:
+    """Rows of a quantized table of token embeddings."""
+
+    def make(inputs: Inputs) -> dict[str, Any]:
+        table = inputs.randn(vocabulary, width, dtype=torch.float32)
+        packed = tilewise.quantize(table, scheme, search="minmax", **options)
+        token_ids = inputs.randint(0, vocabulary, tokens)
+        return {"token_ids": token_ids, "weight": packed, "dtype": inputs.dtype}
+
+    return make
+
+
 def first_rows(count: int) -> Part:
     """The first rows of x: every row of a product is on its own."""
     return Part(

@@ -15,6 +15,7 @@ from tilewise import native
 from tilewise.benchmarks.calls import (
     append,
     decode,
+    embedded,
     every_output,
     experts,
     first_rows,
@@ -111,6 +112,11 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
             part=rows,
         ),
         workload(
+            "quantized_embedding",
+            "SmolLM2 prompt 512, int4",
+            embedded(512, SMOLLM2.vocab_size, SMOLLM2.dim, "int4"),
+        ),
+        workload(
             "rms_norm", "Llama-3-8B prefill 512, residual", norm(512, LLAMA3.dim, residual=True)
         ),
         workload("rms_norm", "SmolLM2 decode", norm(1, SMOLLM2.dim)),
@@ -182,6 +188,11 @@ def _on_gpu(dtype: torch.dtype) -> list[Workload]:
             )
             for tokens in (1, 16, 64, 4096)
             for scheme, options in (("int4", {}), ("int8", _PER_CHANNEL))
+        ),
+        workload(
+            "quantized_embedding",
+            "Llama-3-8B prompt 8192, int4",
+            embedded(8192, LLAMA3.vocab_size, LLAMA3.dim, "int4"),
         ),
         workload(
             "rms_norm", "Llama-3-8B prefill 8192, residual", norm(8192, LLAMA3.dim, residual=True)
