@@ -1,6 +1,6 @@
 // Bindings of products with quantized weights.
-#include "cpu/quant.h"
-#include "ops_cpu.h"
+#include "ops_cpu_quant.h"
+
 #include "ops_cpu_graph.h"
 
 namespace tilewise {
@@ -12,24 +12,28 @@ ScaleType scale_type_of(const OptionalTensor& scales) {
   return scales->scalar_type() == ScalarType::Float ? ScaleType::f32 : ScaleType::e8m0;
 }
 
-// data is (panels, blocks, bytes), scales and zeros (panels, groups, 16); format counts as the enum does.
+}  // namespace
+
 QuantizedWeight describe(int64_t format, int64_t rows, int64_t depth, int64_t group_size,
                          const Tensor& data, const OptionalTensor& scales,
                          const OptionalTensor& zeros) {
   STD_TORCH_CHECK(0 <= format && format <= static_cast<int64_t>(Format::q6_k), "no such format");
+  const int64_t last = data.dim() - 1;
   QuantizedWeight w{};
   w.format = static_cast<Format>(format);
   w.rows = rows;
   w.depth = depth;
   w.data = static_cast<const uint8_t*>(data.data_ptr());
-  w.panel_bytes = data.size(1) * data.size(2);
+  w.panel_bytes = data.size(last - 1) * data.size(last);
   w.group_strips = group_size > 0 ? group_size / STRIP : (depth + STRIP - 1) / STRIP;
-  w.groups = scales ? scales->size(1) : 0;
+  w.groups = scales ? scales->size(scales->dim() - 2) : 0;
   w.scale_type = scale_type_of(scales);
   w.scales = pointer(scales);
   w.zeros = pointer<uint8_t>(zeros);
   return w;
 }
+
+namespace {
 
 void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
                          Tensor data, OptionalTensor scales, OptionalTensor zeros,
@@ -39,7 +43,7 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
   STD_TORCH_CHECK(0 <= finish && finish <= static_cast<int64_t>(Finish::swiglu),
                   "no such activation");
   QuantizedMatmul call{};
-  call.dtype = dtype_of(x);
+  call.dtype = call.x_dtype = dtype_of(x);
   call.rows = x.size(0);
   call.x = x.data_ptr();
   call.x_stride = x.stride(0);

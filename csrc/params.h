@@ -8,6 +8,10 @@ namespace tilewise {
 
 enum class DType : int32_t { f32, f16, bf16, i8, f8e4m3, i4 };
 
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::f16 || dtype == DType::bf16 ? 2 : 1;
+}
+
 // Calls body(i, context) once for every i in [0, tasks), on PyTorch's threads; a task is begun only
 // when all before it have been. The bindings define it; kernels call `parallel` in cpu/parallel.h.
 void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context);

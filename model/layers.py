@@ -12,6 +12,7 @@ from tilewise.fused import layer_norm, rms_norm
 from tilewise.model.config import GPTConfig
 from tilewise.moe import moe
 from tilewise.quant import QuantizedTensor, QuantLinear, quantized_embedding
+from tilewise.quant.matmul import wants_panels
 
 __all__ = [
     "Experts",
@@ -108,6 +109,10 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)
+        for name in ("gate_up", "down"):  # as `QuantLinear` does with its weight
+            weight = getattr(self, name)
+            if isinstance(weight, QuantizedTensor) and wants_panels(tokens, weight):
+                setattr(self, name, weight.to_panels())
         y = moe(tokens, self.router(tokens), self.gate_up, self.down, top_k=self.top_k)
         return y.view(x.shape)
 

@@ -15,6 +15,7 @@ import torch
 from model_files import byte_alphabet, write_llama_gguf, write_tokenizer_json
 
 import tilewise.model
+from tilewise import native
 from tilewise.model import GPT, GPTConfig, ModelError
 from tilewise.model.gguf_file import read_gguf
 
@@ -268,7 +269,10 @@ def test_a_mixture_of_experts_stays_quantized(tmp_path):
     # The file keeps gate and up apart; the model has the gate's rows first.
     expected = tilewise.model.load(dense).gpt.blocks[0].ffn.gate_up
     assert (experts.gate_up.dequantize() - expected).abs().max() < 0.01
+    before = experts.gate_up.dequantize()
     assert len(lm.generate("hello", 4, ignore_eos=True).token_ids) == 4
+    assert experts.gate_up.is_panels == (native.why_not_cpu() is None)
+    assert torch.equal(experts.gate_up.dequantize(), before)
     assert lm.gpt.double().blocks[0].ffn.gate_up.format == "Q8_0"
     assert lm.gpt.to("meta").blocks[0].ffn.gate_up.device.type == "meta"
 

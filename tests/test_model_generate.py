@@ -168,6 +168,29 @@ def test_naive_and_auto_agree_on_smollm2(smollm2):
     assert greedy_tokens_agree(model.gpt, answer.prompt_ids, answer.token_ids, naive.token_ids)
 
 
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "The capital of France is",
+        "Once upon a time there was",
+        "def fibonacci(n):",
+        "Water boils at 100 degrees, and ice",
+        "1, 2, 3, 5, 8,",
+    ],
+)
+def test_256_greedy_tokens_are_those_of_the_naive_model(smollm2, prompt):
+    prompt_ids = smollm2.tokenizer.encode(prompt)
+    ours = smollm2.generate(prompt_ids, 256, ignore_eos=True).token_ids
+    # Where the naive model, reading our text, would have written each next token, it would have
+    # written the text.
+    with torch.no_grad(), tilewise.use_backend("naive"):
+        logits = smollm2.gpt(torch.tensor([[*prompt_ids, *ours[:-1]]]))[0, len(prompt_ids) - 1 :]
+    naive = logits.argmax(-1).tolist()
+    for at in (i for i in range(256) if naive[i] != ours[i]):
+        assert greedy_tokens_agree(smollm2.gpt, prompt_ids, ours, [*ours[:at], naive[at]])
+
+
 # --- the verdict on two texts ---------------------------------------------------------------------
 
 

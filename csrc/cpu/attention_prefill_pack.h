@@ -10,17 +10,12 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
-#include "cpu/gemm.h"  // round_up
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
 namespace tilewise {
 
 enum KeyFlag : uint8_t { BAD_KEY = 1, BAD_VALUE = 2, MISSING = 4 };
-
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::f32 ? 4 : dtype == DType::f16 || dtype == DType::bf16 ? 2 : 1;
-}
 
 
 template <class T>

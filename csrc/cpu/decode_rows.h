@@ -19,8 +19,6 @@ struct Int4 {};  // of a cache; its rows are read as Nibble<0>, then Nibble<1>
 
 constexpr int ROWS = 4;  // query rows that share a load
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 template <class KV>
 int64_t padded(int64_t dim) {
   constexpr int64_t RUNS = std::is_same<KV, Int4>::value ? 2 : 1;

@@ -24,8 +24,6 @@ constexpr int PANEL = 2 * F32::WIDTH;                          // columns of a p
 constexpr int TILE_ROWS = F32::WIDTH == 16 ? 12 : 6;           // rows of C in registers
 constexpr int64_t PANEL_DEPTH = 256;                           // of B in the first-level cache
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // How many floats `columns` columns take once packed.
 constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return depth * round_up(columns, PANEL);

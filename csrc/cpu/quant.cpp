@@ -8,18 +8,15 @@
 namespace tilewise {
 namespace {
 
-// Up to how many rows byte products beat float32 ones where x has several digits (measured).
-constexpr int64_t FEW_ROWS = 4;
-
-// x in float32: itself, or a copy.
+// x in float32: itself, or a copy whose rows are filled up to whole strips with zeros.
 struct Floats {
   const float* data;
   int64_t stride;
   Workspace<float> copy;
 
-  explicit Floats(const QuantizedMatmul& call, bool rounded) {
+  Floats(const QuantizedMatmul& call, bool rounded, bool filled_up) {
     const int64_t depth = call.weight.depth;
-    if (call.dtype == DType::f32 && !rounded) {
+    if (call.x_dtype == DType::f32 && !rounded && !filled_up) {
       data = static_cast<const float*>(call.x);
       stride = call.x_stride;
       return;
@@ -38,7 +35,7 @@ struct Floats {
 // x A, (rows, rank).
 Workspace<float> low_rank(const QuantizedMatmul& call) {
   const int64_t depth = call.weight.depth, rank = call.rank;
-  const Floats x(call, false);
+  const Floats x(call, false, false);
   auto out = make_workspace<float>(call.rows * rank);
   const auto row = make_workspace<float>(rank);
   const auto packed = make_workspace<float>(packed_size(depth, rank));
@@ -57,15 +54,26 @@ Workspace<float> low_rank(const QuantizedMatmul& call) {
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmul& call) {
+  if (!call.segments) {
+    const Segment all{0, 0, call.rows};
+    QuantizedMatmul single = call;
+    single.segments = &all;
+    single.segment_count = 1;
+    return quantized_matmul(single);
+  }
   Workspace<float> low;
   if (call.adapter_a) low = low_rank(call);
   const Finisher finish(call, low.get());
   if (call.rows == 0 || finish.outputs() == 0) return;
-  const bool has_few_rows = call.rows <= FEW_ROWS;
-  if (is_integer(call.weight.format) && (call.int8_activations || has_few_rows)) {
+  if (is_plain(call.weight.format)) {
+    const Floats x(call, false, true);
+    return multiply_plain(call, finish, x.data, x.stride);
+  }
+  // Where x has several digits, byte products beat float32 ones for few rows only (measured).
+  if (is_integer(call.weight.format) && (call.int8_activations || has_few_rows(call))) {
     if (multiply_bytes(call, finish)) return;
   }
-  const Floats x(call, call.int8_activations);
+  const Floats x(call, call.int8_activations, false);
   multiply_floats(call, finish, x.data, x.stride);
 }
 

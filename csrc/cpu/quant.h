@@ -1,4 +1,6 @@
 // Products with quantized weights: what passes between the bindings and the kernels, and the layout.
+// A mixture of experts is a product with a stack of weights, each with its own rows of x; its weights
+// may also be plain numbers.
 //
 // A weight lies in *panels* of 16 rows. Within a panel the 4-byte words of the rows alternate: word 0
 // of rows 0 to 15, word 1 of rows 0 to 15, ... so that a vector holds as many rows, and the bytes of a
@@ -18,6 +20,7 @@ enum class Format : int32_t {
   int8, int4, nf4, fp8, mxfp4,
   q4_0, q4_1, q5_0, q5_1, q8_0,
   q2_k, q3_k, q4_k, q5_k, q6_k,
+  plain_f32, plain_f16, plain_bf16,  // of experts alone: rows of numbers, no panels
 };
 
 constexpr int PANEL_ROWS = 16;
@@ -28,7 +31,7 @@ enum class ScaleType : int32_t { f16, f32, e8m0 };
 struct QuantizedWeight {
   Format format;
   int64_t rows, depth;  // N and K
-  const uint8_t* data;
+  const uint8_t* data;  // of a stack, one weight behind the other
   int64_t panel_bytes;
   int64_t group_strips;  // strips that share a scale, of our own formats
   int64_t groups;        // scales of a row
@@ -39,13 +42,21 @@ struct QuantizedWeight {
 
 enum class Finish : int32_t { none, gelu, gelu_tanh, silu, swiglu };
 
+// Rows [begin, end) of x, which meet one weight of a stack.
+struct Segment {
+  int64_t weight, begin, end;
+};
+
 // out = finish(x W^T + x A B + bias) + residual
 struct QuantizedMatmul {
-  DType dtype;  // of x, bias, residual, the adapter and out
+  DType dtype;  // of bias, residual, the adapter and out
+  DType x_dtype;
   int64_t rows;
   const void* x;  // (rows, depth)
   int64_t x_stride;
   QuantizedWeight weight;
+  const Segment* segments;  // (segment_count,), which share out all rows; null for a single weight
+  int64_t segment_count;
   bool int8_activations;
   int64_t activation_group;  // elements of x that share a scale then; 0 for a whole row
 

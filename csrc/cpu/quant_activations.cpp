@@ -110,7 +110,7 @@ void load_floats(DType dtype, const void* data, int64_t at, int64_t n, float* ou
 
 void load_row(const QuantizedMatmul& call, int64_t row, float* out) {
   const int64_t depth = call.weight.depth;
-  load_floats(call.dtype, call.x, row * call.x_stride, depth, out);
+  load_floats(call.x_dtype, call.x, row * call.x_stride, depth, out);
   std::fill(out + depth, out + strips_of(depth) * STRIP, 0.0f);
 }
 

@@ -18,8 +18,7 @@ namespace {
 
 constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
-constexpr int64_t FEW_ROWS = 4;                // of x, which leave the weight the bottleneck
-constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight, then, so that it streams
+constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 
 // One strip of codes times ROWS rows of x, which are CHUNK strips apart, added to 16 sums a row.
@@ -109,7 +108,6 @@ class SplitRows {
 
   // All rows of the chunk that begins with strip `first`.
   const Chunk* chunk(int64_t first) const { return data_.get() + first / CHUNK * rows_; }
-  int64_t rows() const { return rows_; }
 
   bool is_possible;
 
@@ -143,10 +141,11 @@ inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
 }
 
-// Some panels with all rows of x: a chunk of x is read once for all of them.
+// Some panels with the rows [begin, end) of x: a chunk of x is read once for all of them.
 template <class F, int DIGITS>
 void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
-                     const SplitRows<DIGITS>& x, float* sums, int64_t sums_stride) {
+                     const SplitRows<DIGITS>& x, int64_t begin, int64_t end, float* sums,
+                     int64_t sums_stride) {
   const int64_t strips = strips_of(w.depth);
   const int64_t strip_bytes = strips ? w.panel_bytes / strips : 0;
   Strip decoded[CHUNK];
@@ -155,8 +154,9 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
     for (int i = 0; i < count; ++i) {
       prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
-      multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first), x.rows(),
-                                                       sums + i * PANEL_ROWS, sums_stride);
+      multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
+                                                       end - begin, sums + i * PANEL_ROWS,
+                                                       sums_stride);
     }
   }
 }
@@ -167,15 +167,16 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const SplitRows<DIGITS> x(call, F::GROUPS == 2);
   if (!x.is_possible) return false;
   // With few rows a panel at a time, in the order in which memory holds them.
-  const bool has_few_rows = x.rows() <= FEW_ROWS;
+  const bool few = has_few_rows(call);
   for_panels(
-      call, finish, has_few_rows ? equal_shares(w, TASK_BYTES) : SHARED_PANELS,
-      [&](const int64_t* panels, int count, float* sums) {
+      call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
+      [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
         const int64_t stride = count * PANEL_ROWS;
-        std::fill_n(sums, x.rows() * stride, 0.0f);
-        const int together = has_few_rows ? 1 : count;
+        std::fill_n(sums, (rows.end - rows.begin) * stride, 0.0f);
+        const int together = few ? 1 : count;
         for (int i = 0; i < count; i += together) {
-          multiply_panels<F, DIGITS>(w, panels + i, together, x, sums + i * PANEL_ROWS, stride);
+          multiply_panels<F, DIGITS>(w, panels + i, together, x, rows.begin, rows.end,
+                                     sums + i * PANEL_ROWS, stride);
         }
       });
   return true;
@@ -190,7 +191,7 @@ bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish) {
     if constexpr (F::IS_INTEGER) {
       if (call.int8_activations) {
         done = multiply<F, 1>(call, finish);
-      } else if (call.dtype == DType::f32) {
+      } else if (call.x_dtype == DType::f32) {
         done = multiply<F, 3>(call, finish);
       } else {
         done = multiply<F, 2>(call, finish);

@@ -37,12 +37,14 @@ template <class F>
 void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                   int64_t x_stride) {
   const QuantizedWeight& w = call.weight;
-  const int64_t strips = strips_of(w.depth), rows = call.rows;
+  const int64_t strips = strips_of(w.depth);
   constexpr int64_t SIDE = PANEL / PANEL_ROWS;  // panels of the weight in one of gemm.h
   constexpr int64_t BLOCK = PANEL_DEPTH * PANEL;
   for_panels(
       call, finish, SHARED_PANELS,
-      [&](const int64_t* panels, int count, float* sums) {
+      [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
+        const int64_t rows = segment.end - segment.begin;
+        const float* of_segment = x + segment.begin * x_stride;
         const int64_t blocks = (count + SIDE - 1) / SIDE, stride = count * PANEL_ROWS;
         const auto wide = make_workspace<float>(blocks * BLOCK);
         if (strips == 0) std::fill_n(sums, rows * stride, 0.0f);
@@ -55,7 +57,7 @@ void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const flo
           }
           const int64_t depth = std::min(w.depth, last * STRIP) - k;
           for (int64_t m = 0; m < rows; m += ROWS_AT_ONCE) {
-            multiply(x + m * x_stride + k, x_stride, wide.get(), BLOCK,
+            multiply(of_segment + m * x_stride + k, x_stride, wide.get(), BLOCK,
                      std::min(rows - m, ROWS_AT_ONCE), stride, depth, sums + m * stride, stride,
                      first > 0);
           }

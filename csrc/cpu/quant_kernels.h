@@ -13,49 +13,69 @@ namespace tilewise {
 // cannot be split into bytes; nothing has been written then.
 bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
 
+// With a weight of plain numbers; x is (rows, depth), filled up to whole strips with zeros.
+void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                    int64_t x_stride);
+
 // By widening blocks of the weight to float32; x is (rows, depth).
 void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                      int64_t x_stride);
 
-inline bool is_integer(Format format) { return format != Format::nf4 && format != Format::fp8; }
+inline bool is_plain(Format format) { return format >= Format::plain_f32; }
+inline bool is_integer(Format format) {
+  return format != Format::nf4 && format != Format::fp8 && !is_plain(format);
+}
 
 inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
-// Panels of a task that reads about `bytes` of the weight, so that all threads have equally many.
-inline int64_t equal_shares(const QuantizedWeight& w, int64_t bytes) {
-  const int64_t panels = panels_of(w.rows), threads = thread_count();
-  const int64_t rounds = (panels * w.panel_bytes + threads * bytes - 1) / (threads * bytes);
-  const int64_t tasks = std::max<int64_t>(rounds, 1) * threads;
-  return (panels + tasks - 1) / tasks;
+// Whether there are so few rows for each weight that reading it is most of the work.
+constexpr int64_t FEW_ROWS = 4;
+inline bool has_few_rows(const QuantizedMatmul& call) {
+  return call.rows <= FEW_ROWS * call.segment_count;
 }
 
-// The work on a weight, in tasks of up to `each` panels: body(panels, count, sums) writes the products
-// of their rows with all rows of x to sums (rows, count * 16), which are then finished. The panels of
-// a gated weight come in pairs, all first halves before all second ones.
+// Panels of a task that reads about `bytes` of a weight, so that all threads have equally many tasks.
+inline int64_t equal_shares(const QuantizedMatmul& call, int64_t bytes) {
+  const int64_t panels = panels_of(call.weight.rows), threads = thread_count();
+  const int64_t all = call.segment_count * panels * call.weight.panel_bytes;
+  const int64_t rounds = (all + threads * bytes - 1) / (threads * bytes);
+  const int64_t tasks = std::max<int64_t>(rounds, 1) * threads;
+  const int64_t of_weight = (tasks + call.segment_count - 1) / call.segment_count;
+  return (panels + of_weight - 1) / of_weight;
+}
+
+// The work on all segments, in tasks of up to `each` panels: body(segment, panels, count, sums) writes
+// the products of their rows with the segment's rows of x to sums (rows, count * 16), which are then
+// finished. The panels of a gated weight come in pairs, all first halves before all second ones.
 template <class Body>
 inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
                        const Body& body) {
-  const int64_t rows = call.rows, outputs = finish.outputs();
+  const int64_t outputs = finish.outputs();
   const bool is_paired = finish.is_gated() && outputs % PANEL_ROWS == 0;
   // Where a gated weight's halves do not meet between panels, all products are kept for the end.
   const bool is_kept = finish.is_gated() && !is_paired;
   const int64_t all = panels_of(is_paired ? outputs : call.weight.rows);
   const int64_t kept_stride = all * PANEL_ROWS;
-  const auto kept = make_workspace<float>(is_kept ? rows * kept_stride : 0);
+  const auto kept = make_workspace<float>(is_kept ? call.rows * kept_stride : 0);
   each = std::max<int64_t>(is_paired ? each / 2 : each, 1);
+  const int64_t tasks = (all + each - 1) / each;
 
-  parallel((all + each - 1) / each, [&](int64_t task) {
-    const int64_t begin = task * each;
+  parallel(call.segment_count * tasks, [&](int64_t task) {
+    const Segment& segment = call.segments[task / tasks];
+    const int64_t rows = segment.end - segment.begin, begin = task % tasks * each;
+    const int64_t before = segment.weight * panels_of(call.weight.rows);
     const int half = static_cast<int>(std::min(all - begin, each));
     const int count = is_paired ? 2 * half : half;
     const auto panels = make_workspace<int64_t>(count);
-    for (int i = 0; i < count; ++i) panels[i] = i < half ? begin + i : begin + i - half + all;
+    for (int i = 0; i < count; ++i) {
+      panels[i] = before + (i < half ? begin + i : begin + i - half + all);
+    }
     const auto sums = make_workspace<float>(rows * count * PANEL_ROWS);
-    body(panels.get(), count, sums.get());
-    for (int64_t m = 0; m < rows; ++m) {
+    body(segment, panels.get(), count, sums.get());
+    for (int64_t m = segment.begin; m < segment.end; ++m) {
       for (int i = 0; i < half; ++i) {
-        float* y = sums.get() + (m * count + i) * PANEL_ROWS;
-        const int64_t first = panels[i] * PANEL_ROWS;
+        float* y = sums.get() + ((m - segment.begin) * count + i) * PANEL_ROWS;
+        const int64_t first = (begin + i) * PANEL_ROWS;
         if (is_kept) {
           std::copy_n(y, PANEL_ROWS, kept.get() + m * kept_stride + first);
         } else {
@@ -66,7 +86,7 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
     }
   });
   if (is_kept) {
-    parallel_rows(rows, kept_stride, [&](int64_t m) {
+    parallel_rows(call.rows, kept_stride, [&](int64_t m) {
       float* y = kept.get() + m * kept_stride;
       finish(m, 0, static_cast<int>(outputs), y, y + outputs);
     });

@@ -384,6 +384,7 @@ inline void with_format(Format format, const Body& body) {
     case Format::q4_k: return body(Q4_K{});
     case Format::q5_k: return body(Q5_K{});
     case Format::q6_k: return body(Q6_K{});
+    default: return;  // plain numbers have no strips
   }
 }
 

@@ -20,6 +20,8 @@
 
 namespace tilewise {
 
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // --- storage types --------------------------------------------------------------------------------
 
 struct Half {

@@ -6,8 +6,7 @@ import torch
 
 from tilewise import checks
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.library import Contract
-from tilewise.moe import baseline, naive
+from tilewise.moe import baseline, naive, native
 from tilewise.quant.formats import QuantizedTensor
 
 __all__ = ["moe"]
@@ -87,6 +86,7 @@ _MOE = Op(
     "moe",
     naive.moe,
     impls=(
+        Impl("cpu", native.moe, native.why_not),
         Impl(
             "torch",
             baseline.moe,
@@ -142,58 +142,4 @@ def moe(
     _check(x, router_logits, w_gate_up, w_down, top_k=top_k, normalize=normalize, validate=validate)
     return _MOE(
         x, router_logits, w_gate_up, w_down, top_k=top_k, normalize=normalize, backend=backend
-    )
-
-
-# --- the operator behind kernels that PyTorch cannot trace ----------------------------------------
-
-
-def _fake(x: torch.Tensor, *other: object) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-MOE = Contract(
-    "moe",
-    "(Tensor x, Tensor router_logits, "
-    "Tensor gate_up, Tensor? gate_up_scales, Tensor? gate_up_zeros, "
-    "str gate_up_format, int gate_up_group_size, "
-    "Tensor down, Tensor? down_scales, Tensor? down_zeros, "
-    "str down_format, int down_group_size, "
-    "int top_k, bool normalize) -> Tensor",
-    _fake,
-)
-"""A weight is a plain tensor if its format is "", and the parts of a QuantizedTensor otherwise."""
-
-
-@MOE.kernel("naive")
-def _kernel(
-    x: torch.Tensor,
-    router_logits: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scales: torch.Tensor | None,
-    gate_up_zeros: torch.Tensor | None,
-    gate_up_format: str,
-    gate_up_group_size: int,
-    down: torch.Tensor,
-    down_scales: torch.Tensor | None,
-    down_zeros: torch.Tensor | None,
-    down_format: str,
-    down_group_size: int,
-    top_k: int,
-    normalize: bool,
-) -> torch.Tensor:
-    experts, rows = gate_up.shape[:2]
-    dim = x.shape[1]
-    w_gate_up: torch.Tensor | QuantizedTensor = gate_up
-    w_down: torch.Tensor | QuantizedTensor = down
-    if gate_up_format:
-        shape = (experts, rows, dim)
-        parts = (gate_up, gate_up_scales, gate_up_zeros)
-        w_gate_up = QuantizedTensor(gate_up_format, shape, gate_up_group_size, *parts)
-    if down_format:
-        shape = (experts, dim, rows // 2)
-        parts = (down, down_scales, down_zeros)
-        w_down = QuantizedTensor(down_format, shape, down_group_size, *parts)
-    return naive.moe(
-        x.contiguous(), router_logits, w_gate_up, w_down, top_k=top_k, normalize=normalize
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tilewise.moe.operators import parts_of
 from tilewise.quant.quantizer import quantize
 from tilewise.testing import Case, Inputs, Make
 
@@ -56,9 +57,9 @@ def _router_in_float32(inputs: Inputs) -> dict[str, Any]:
     return arguments | {"router_logits": inputs.randn(7, 4, dtype=torch.float32)}
 
 
-def _quantized(scheme: str, **options: Any) -> Make:
+def _quantized(scheme: str, tokens: int = 5, hidden: int = 32, **options: Any) -> Make:
     def make(inputs: Inputs) -> dict[str, Any]:
-        arguments = _moe(5, 64, 32, experts=4, top_k=2)(inputs)
+        arguments = _moe(tokens, 64, hidden, experts=4, top_k=2)(inputs)
         for name in ("w_gate_up", "w_down"):
             arguments[name] = quantize(arguments[name].float(), scheme, **options)
         return arguments
@@ -103,6 +104,14 @@ CASES = [
     Case("moe", "router in float32", _router_in_float32),
     Case("moe", "int4 weights", _quantized("int4", group_size=32), grad=("x", "router_logits")),
     Case("moe", "int8 weights", _quantized("int8", group_size=-1)),
+    # So many rows for each expert that kernels widen blocks of its weights; 80 rows of gate and up
+    # do not meet between panels of 16.
+    Case("moe", "many tokens", _moe(40, 70, 48, experts=3, top_k=2), grad=("x",)),
+    Case("moe", "many tokens, odd halves", _moe(40, 70, 40, experts=3, top_k=2)),
+    *(
+        Case("moe", f"{scheme} weights, many tokens", _quantized(scheme, 40, hidden))
+        for scheme, hidden in (("int4", 48), ("int8", 40), ("nf4", 32))
+    ),
 ]
 
 
@@ -115,19 +124,13 @@ def _operator(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
         return (
             arguments["x"],
             arguments["router_logits"],
-            *_parts(arguments["w_gate_up"]),
-            *_parts(arguments["w_down"]),
+            *parts_of(arguments["w_gate_up"]),
+            *parts_of(arguments["w_down"]),
             arguments["top_k"],
             arguments["normalize"],
         )
 
     return make_call
-
-
-def _parts(weight: Any) -> tuple[Any, ...]:
-    if isinstance(weight, torch.Tensor):
-        return (weight, None, None, "", 0)
-    return (weight.data, weight.scales, weight.zeros, weight.format, weight.group_size)
 
 
 OPERATOR_CALLS: list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]] = [

@@ -85,7 +85,7 @@ class QuantLinear(nn.Module):
     ) -> torch.Tensor:
         """`quantized_matmul` with what can be fused to it."""
         weight = self.weight
-        if not weight.is_panels and wants_panels(x, weight):
+        if wants_panels(x, weight):
             weight = self._hold(weight.to_panels())
         return quantized_matmul(
             x, weight, self.bias, activation=activation, residual=residual, act=self.act

@@ -109,8 +109,8 @@ _QUANTIZED_MATMUL = Op(
 
 
 def wants_panels(x: torch.Tensor, weight: QuantizedTensor) -> bool:
-    """Whether the backend that would multiply the two reads weights in panels."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether the weight is in rows and the backend that would multiply the two reads panels."""
+    if weight.is_panels or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return _QUANTIZED_MATMUL.select("auto", (x, weight), {}).name == "cpu"
 

@@ -103,7 +103,7 @@ def _quantized_matmul(
     rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     native.cpu_ops().quantized_matmul(
         cpu.unit_stride(rows),
-        *_describe(_panels(weight)),
+        *describe(as_panels(weight)),
         None if bias is None else bias.contiguous(),
         _ACTIVATION_CODES[activation],
         None if residual is None else residual.contiguous(),
@@ -142,9 +142,9 @@ def _quantized_embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     n, k = shape
-    weight = _panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
+    weight = as_panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
     rows = token_ids.new_empty((*token_ids.shape, k), dtype=dtype)
-    native.cpu_ops().embedding(token_ids.contiguous(), *_describe(weight), rows)
+    native.cpu_ops().embedding(token_ids.contiguous(), *describe(weight), rows)
     return rows
 
 
@@ -159,20 +159,20 @@ def _quantized_matmul_backward(
     zeros: torch.Tensor | None,
 ) -> torch.Tensor:
     n, k = shape
-    weight = _panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
+    weight = as_panels(QuantizedTensor(format, (n, k), group_size, data, scales, zeros))
     rows = (grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)).contiguous()
     if n == 0:
         return grad.new_zeros(*grad.shape[:-1], k)
     grad_x = grad.new_empty(*grad.shape[:-1], k)
-    native.cpu_ops().quantized_matmul_backward(rows, *_describe(weight), grad_x)
+    native.cpu_ops().quantized_matmul_backward(rows, *describe(weight), grad_x)
     return grad_x
 
 
-def _describe(weight: QuantizedTensor) -> tuple[Any, ...]:
-    """A weight in panels as the operators of C++ take it."""
+def describe(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """A weight in panels as the operators of C++ take it: format, N, K, group size, parts."""
     return (
         _FORMAT_CODES[weight.format],
-        *weight.shape,
+        *weight.shape[-2:],
         -1 if FORMATS[weight.format].is_gguf else weight.group_size,
         weight.data,
         weight.scales,
@@ -184,7 +184,8 @@ _PANELS = WeakTensorKeyDictionary()
 """The weight in panels by the `data` that it was made from, with the version of that tensor."""
 
 
-def _panels(weight: QuantizedTensor) -> QuantizedTensor:
+def as_panels(weight: QuantizedTensor) -> QuantizedTensor:
+    """The weight in panels, made once for each weight in rows."""
     if weight.is_panels:
         return weight
     version = None if weight.data.is_inference() else weight.data._version

@@ -1,0 +1,93 @@
+// Products with weights of plain numbers, row by row as PyTorch has them: what a mixture of experts
+// needs where its weights are not quantized.
+//
+// Rows of the weight are packed for gemm.h, 256 deep, and all rows of x of the segment run over them;
+// a few rows of x are multiplied with the weight's rows as they lie.
+#include "cpu/decode_rows.h"
+#include "cpu/gemm.h"
+#include "cpu/quant_kernels.h"
+
+namespace tilewise {
+namespace {
+
+constexpr int64_t SHARED_PANELS = 8;           // in a pass over x
+constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows
+
+// The rows of some panels. Those past the last row are the last one: nobody reads their products.
+template <class T>
+Workspace<const void*> rows_of(const QuantizedWeight& w, const Segment& segment,
+                               const int64_t* panels, int count) {
+  auto rows = make_workspace<const void*>(count * PANEL_ROWS);
+  const T* weight = reinterpret_cast<const T*>(w.data) + segment.weight * w.rows * w.depth;
+  for (int i = 0; i < count * PANEL_ROWS; ++i) {
+    const int64_t panel = panels[i / PANEL_ROWS] - segment.weight * panels_of(w.rows);
+    const int64_t row = std::min(panel * PANEL_ROWS + i % PANEL_ROWS, w.rows - 1);
+    rows[i] = weight + row * w.depth;
+  }
+  return rows;
+}
+
+template <class T, int R = ROWS>
+void multiply_few(const float* x, int64_t x_stride, int64_t x_rows, const void* const* rows,
+                  int64_t count, int64_t depth, float* sums, int64_t sums_stride) {
+  for (; x_rows >= R; x_rows -= R, x += R * x_stride, sums += R * sums_stride) {
+    dot_rows<T, R>(x, x_stride, rows, 0, count, depth, sums, sums_stride, Ahead{});
+  }
+  if constexpr (R > 1) {
+    multiply_few<T, R / 2>(x, x_stride, x_rows, rows, count, depth, sums, sums_stride);
+  }
+}
+
+template <class T>
+void multiply_many(const float* x, int64_t x_stride, int64_t x_rows, const void* const* rows,
+                   int64_t count, int64_t depth, float* sums, int64_t sums_stride) {
+  const auto columns = make_workspace<const float*>(count);
+  const auto floats = make_workspace<float>(std::is_same<T, float>::value ? 0 : count * PANEL_DEPTH);
+  const auto packed = make_workspace<float>(packed_size(PANEL_DEPTH, count));
+  for (int64_t k = 0; k == 0 || k < depth; k += PANEL_DEPTH) {
+    const int64_t deep = std::min(depth - k, PANEL_DEPTH);
+    for (int64_t j = 0; j < count; ++j) {
+      const T* row = static_cast<const T*>(rows[j]) + k;
+      if constexpr (std::is_same<T, float>::value) {
+        columns[j] = row;
+      } else {
+        float* to = floats.get() + j * PANEL_DEPTH;
+        for_vectors(deep, [&](int64_t i, auto part, int) { part.store(to + i, part.load(row + i)); });
+        columns[j] = to;
+      }
+    }
+    pack_columns(columns.get(), deep, count, packed.get());
+    multiply(x + k, x_stride, packed.get(), deep * PANEL, x_rows, count, deep, sums, sums_stride,
+             k > 0);
+  }
+}
+
+template <class T>
+void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                  int64_t x_stride) {
+  const QuantizedWeight& w = call.weight;
+  const bool few = has_few_rows(call);
+  for_panels(
+      call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
+      [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
+        const auto rows = rows_of<T>(w, segment, panels, count);
+        const float* of_segment = x + segment.begin * x_stride;
+        const int64_t columns = count * PANEL_ROWS;
+        const auto product = few ? multiply_few<T> : multiply_many<T>;
+        product(of_segment, x_stride, segment.end - segment.begin, rows.get(), columns, w.depth,
+                sums, columns);
+      });
+}
+
+}  // namespace
+
+void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                    int64_t x_stride) {
+  switch (call.weight.format) {
+    case Format::plain_f32: return multiply_all<float>(call, finish, x, x_stride);
+    case Format::plain_f16: return multiply_all<Half>(call, finish, x, x_stride);
+    default: return multiply_all<BFloat16>(call, finish, x, x_stride);
+  }
+}
+
+}  // namespace tilewise
