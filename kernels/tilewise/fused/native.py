@@ -18,6 +18,7 @@ from tilewise.fused.operators import (
     ROTARY_EMBEDDING,
     SAMPLE,
 )
+from tilewise.fused.rows import empty_like, rows, rows_or_none
 from tilewise.fused.tables import RotaryTables
 
 
@@ -43,24 +44,6 @@ def why_not_rotary(x: torch.Tensor, tables: RotaryTables, positions: torch.Tenso
     return cpu.why_not(x)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` as the kernels take rows: contiguous, or (rows, dim) with any stride between the rows."""
-    if x.is_contiguous():
-        return x
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    # Half the price of x.new_empty(x.shape).
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rows_or_none(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else _rows(x)
-
-
 # --- norms ----------------------------------------------------------------------------------------
 
 
@@ -68,10 +51,10 @@ def _rows_or_none(x: torch.Tensor | None) -> torch.Tensor | None:
 def _rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> Any:
-    out = _empty_like(x)
-    total = x.new_empty(0) if residual is None else _empty_like(x)
+    out = empty_like(x)
+    total = x.new_empty(0) if residual is None else empty_like(x)
     native.cpu_ops().rms_norm(
-        _rows(x), weight.contiguous(), eps, _rows_or_none(residual), out, total
+        rows(x), weight.contiguous(), eps, rows_or_none(residual), out, total
     )
     return out, total
 
@@ -84,8 +67,8 @@ def _rms_norm_backward(
     weight: torch.Tensor,
     eps: float,
 ) -> Any:
-    grad_x, grad_weight = _empty_like(x), _empty_like(weight)
-    inputs = (_rows(grad_out), _rows_or_none(grad_sum), _rows(x), weight.contiguous())
+    grad_x, grad_weight = empty_like(x), empty_like(weight)
+    inputs = (rows(grad_out), rows_or_none(grad_sum), rows(x), weight.contiguous())
     native.cpu_ops().rms_norm_backward(*inputs, eps, grad_x, grad_weight)
     return grad_x, grad_weight
 
@@ -98,11 +81,11 @@ def _layer_norm(
     eps: float,
     residual: torch.Tensor | None,
 ) -> Any:
-    out = _empty_like(x)
-    total = x.new_empty(0) if residual is None else _empty_like(x)
+    out = empty_like(x)
+    total = x.new_empty(0) if residual is None else empty_like(x)
     bias = None if bias is None else bias.contiguous()
     native.cpu_ops().layer_norm(
-        _rows(x), weight.contiguous(), bias, eps, _rows_or_none(residual), out, total
+        rows(x), weight.contiguous(), bias, eps, rows_or_none(residual), out, total
     )
     return out, total
 
@@ -115,8 +98,8 @@ def _layer_norm_backward(
     weight: torch.Tensor,
     eps: float,
 ) -> Any:
-    grads = (_empty_like(x), *(_empty_like(weight) for _ in range(2)))
-    inputs = (_rows(grad_out), _rows_or_none(grad_sum), _rows(x), weight.contiguous())
+    grads = (empty_like(x), *(empty_like(weight) for _ in range(2)))
+    inputs = (rows(grad_out), rows_or_none(grad_sum), rows(x), weight.contiguous())
     native.cpu_ops().layer_norm_backward(*inputs, eps, *grads)
     return grads
 
@@ -133,7 +116,7 @@ def _rotary_embedding(
     interleaved: bool,
     inverse: bool,
 ) -> torch.Tensor:
-    out = _empty_like(x)
+    out = empty_like(x)
     heads = cpu.unit_stride(x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:]))
     tables = (cos.contiguous(), sin.contiguous(), positions.contiguous())
     native.cpu_ops().rotary_embedding(heads, *tables, interleaved, inverse, out)
@@ -147,9 +130,9 @@ _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 @GATED_ACTIVATION.kernel("cpu")
 def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    out = _empty_like(gate)
+    out = empty_like(gate)
     number = _ACTIVATION_NUMBERS[activation]
-    native.cpu_ops().gated_activation(_rows(gate), _rows(up), number, out)
+    native.cpu_ops().gated_activation(rows(gate), rows(up), number, out)
     return out
 
 
@@ -157,8 +140,8 @@ def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> 
 def _gated_activation_backward(
     grad_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
 ) -> Any:
-    grads = _empty_like(gate), _empty_like(up)
-    inputs = (_rows(grad_out), _rows(gate), _rows(up))
+    grads = empty_like(gate), empty_like(up)
+    inputs = (rows(grad_out), rows(gate), rows(up))
     native.cpu_ops().gated_activation_backward(*inputs, _ACTIVATION_NUMBERS[activation], *grads)
     return grads
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import autograd, baseline, naive, native
+from tilewise.fused import autograd, baseline, naive, native, triton
 
 
 def _check_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -55,6 +55,12 @@ _RMS_NORM = Op(
     "rms_norm",
     naive.rms_norm,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.rms_norm, "triton"),
+            triton.why_not_norm,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.rms_norm, "cpu"), native.why_not_norm),
         Impl("torch", baseline.rms_norm),
     ),
@@ -130,6 +136,12 @@ _LAYER_NORM = Op(
     "layer_norm",
     naive.layer_norm,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.layer_norm, "triton"),
+            triton.why_not_norm,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.layer_norm, "cpu"), native.why_not_norm),
         Impl("torch", baseline.layer_norm),
     ),

@@ -1,0 +1,158 @@
+"""The Triton backend of the fused operations: results allocated, rows laid out, kernels launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tilewise import gpu
+from tilewise.fused.operators import (
+    LAYER_NORM,
+    LAYER_NORM_BACKWARD,
+    RMS_NORM,
+    RMS_NORM_BACKWARD,
+)
+from tilewise.fused.rows import empty_like, rows, rows_or_none
+
+# --- norms ----------------------------------------------------------------------------------------
+
+_LARGEST_ROW = 65536  # elements that a program holds at once
+
+
+def why_not_norm(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
+    """Why the Triton kernels cannot take the norm."""
+    if x.shape[-1] > _LARGEST_ROW:
+        return f"holds rows of up to {_LARGEST_ROW} elements, got {x.shape[-1]}"
+    return gpu.why_not(x, dot=False)
+
+
+def _block(dim: int) -> dict[str, int]:
+    """A power of two that holds a row, and warps that have 8 to 16 elements of it per thread."""
+    block = max(1 << (dim - 1).bit_length(), 16)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+@RMS_NORM.kernel("triton")
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> Any:
+    return _norm(x, weight, None, eps, residual, centered=False)
+
+
+@LAYER_NORM.kernel("triton")
+def _layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+) -> Any:
+    return _norm(x, weight, bias, eps, residual, centered=True)
+
+
+def _norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    *,
+    centered: bool,
+) -> Any:
+    from tilewise.fused import triton_kernels as kernels
+
+    out = empty_like(x)
+    total = x.new_empty(0) if residual is None else empty_like(x)
+    dim = x.shape[-1]
+    if out.numel() == 0:
+        return out, total
+    x_rows, residual_rows = rows(x), rows_or_none(residual)
+    gpu.launch(
+        kernels.norm,
+        (out.numel() // dim,),
+        x_rows,
+        residual_rows,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out,
+        total,
+        dim,
+        _row_stride(x_rows),
+        0 if residual_rows is None else _row_stride(residual_rows),
+        eps,
+        CENTERED=centered,
+        **_block(dim),
+    )
+    return out, total
+
+
+@RMS_NORM_BACKWARD.kernel("triton")
+def _rms_norm_backward(
+    grad_out: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> Any:
+    return _norm_backward(grad_out, grad_sum, x, weight, eps, centered=False)[:2]
+
+
+@LAYER_NORM_BACKWARD.kernel("triton")
+def _layer_norm_backward(
+    grad_out: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> Any:
+    return _norm_backward(grad_out, grad_sum, x, weight, eps, centered=True)
+
+
+_ROWS_PER_PROGRAM = 32
+"""How the sum over rows is split is fixed, so that its bits depend on nothing but the input."""
+
+
+def _norm_backward(
+    grad_out: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    centered: bool,
+) -> Any:
+    from tilewise.fused import triton_kernels as kernels
+
+    dim = x.shape[-1]
+    count = x.numel() // dim if dim else 0
+    programs = -(-count // _ROWS_PER_PROGRAM)
+    grad_x = empty_like(x)
+    of_weight, of_bias = (x.new_empty(programs, dim, dtype=torch.float32) for _ in range(2))
+    out_rows, sum_rows, x_rows = rows(grad_out), rows_or_none(grad_sum), rows(x)
+    gpu.launch(
+        kernels.norm_backward,
+        (programs,),
+        out_rows,
+        sum_rows,
+        x_rows,
+        weight.contiguous(),
+        grad_x,
+        of_weight,
+        of_bias,
+        count,
+        dim,
+        _row_stride(out_rows),
+        0 if sum_rows is None else _row_stride(sum_rows),
+        _row_stride(x_rows),
+        eps,
+        ROWS=_ROWS_PER_PROGRAM,
+        CENTERED=centered,
+        **_block(dim),
+    )
+    return grad_x, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(weight.dtype)
+
+
+def _row_stride(x: torch.Tensor) -> int:
+    """Elements from a row to the next of what `rows` returned."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(0)
