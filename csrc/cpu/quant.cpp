@@ -69,11 +69,14 @@ void quantized_matmul(const QuantizedMatmul& call) {
     const Floats x(call, false, true);
     return multiply_plain(call, finish, x.data, x.stride);
   }
+  const bool few = has_few_rows(call);
+  if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
   // Where x has several digits, byte products beat float32 ones for few rows only (measured).
-  if (is_integer(call.weight.format) && (call.int8_activations || has_few_rows(call))) {
+  if (is_integer(call.weight.format) && (call.int8_activations || few)) {
     if (multiply_bytes(call, finish)) return;
   }
   const Floats x(call, call.int8_activations, false);
+  if (!few && multiply_float_tiles(call, finish, x.data, x.stride)) return;
   multiply_floats(call, finish, x.data, x.stride);
 }
 

@@ -12,18 +12,6 @@ namespace {
 
 constexpr int W = F32::WIDTH;
 
-// The largest magnitude; NaN if any element is not finite.
-float largest(const float* x, int64_t n) {
-  F32 most = F32::zero(), bad = F32::zero();
-  for (int64_t i = 0; i < n; i += W) {
-    const F32 v = load(x + i);
-    most = max(most, abs(v));
-    bad = fma(v, F32::zero(), bad);  // what is finite adds zero
-  }
-  const float nan = reduce_add(bad);
-  return nan == 0 ? reduce_max(most) : std::numeric_limits<float>::quiet_NaN();
-}
-
 template <int DIGITS>
 void split_strip(const float* x, float scale, bool halves, SplitStrip<DIGITS>& out) {
   const F32 top = F32::all(127), bottom = F32::all(-127);
@@ -64,6 +52,17 @@ void widen(const void* data, int64_t at, int64_t n, float* out) {
 }
 
 }  // namespace
+
+float largest(const float* x, int64_t n) {
+  F32 most = F32::zero(), bad = F32::zero();
+  for (int64_t i = 0; i < n; i += W) {
+    const F32 v = load(x + i);
+    most = max(most, abs(v));
+    bad = fma(v, F32::zero(), bad);  // what is finite adds zero
+  }
+  const float nan = reduce_add(bad);
+  return nan == 0 ? reduce_max(most) : std::numeric_limits<float>::quiet_NaN();
+}
 
 template <int DIGITS>
 bool split_row(const float* x, int64_t depth, int64_t group_strips, bool halves,

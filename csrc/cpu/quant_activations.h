@@ -31,6 +31,9 @@ template <int DIGITS>
 bool split_row(const float* x, int64_t depth, int64_t group_strips, bool halves,
                SplitStrip<DIGITS>* out);
 
+// The largest magnitude of `n` elements, a multiple of the vector; NaN if any is not finite.
+float largest(const float* x, int64_t n);
+
 // `n` elements from data[at] in float32.
 void load_floats(DType dtype, const void* data, int64_t at, int64_t n, float* out);
 

@@ -17,6 +17,11 @@ bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                     int64_t x_stride);
 
+// On AMX tiles. False, with nothing written, where there are none or they do not fit.
+bool multiply_byte_tiles(const QuantizedMatmul& call, const Finisher& finish);
+bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                          int64_t x_stride);
+
 // By widening blocks of the weight to float32; x is (rows, depth).
 void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                      int64_t x_stride);
@@ -70,7 +75,8 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
     for (int i = 0; i < count; ++i) {
       panels[i] = before + (i < half ? begin + i : begin + i - half + all);
     }
-    const auto sums = make_workspace<float>(rows * count * PANEL_ROWS);
+    // Whole tiles of rows, for those who write tiles.
+    const auto sums = make_workspace<float>(round_up(rows, 16) * count * PANEL_ROWS);
     body(segment, panels.get(), count, sums.get());
     for (int64_t m = segment.begin; m < segment.end; ++m) {
       for (int i = 0; i < half; ++i) {

@@ -81,15 +81,15 @@ inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// C += A B for bytes: signed by signed, and unsigned by signed.
+// C += A B for bytes: signed by signed, and signed by unsigned.
 template <int C, int A, int B>
 inline void tile_dot_i8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 template <int C, int A, int B>
-inline void tile_dot_u8_i8() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+inline void tile_dot_i8_u8() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 #endif

@@ -3,7 +3,7 @@
 // fit, stop the program where the processor would raise an exception.
 //
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS,
-// TDPBSSD, TILELOADD.
+// TDPBSSD, TDPBSUD, TILELOADD.
 #pragma once
 
 #include <cstdint>
@@ -41,15 +41,15 @@ class FlushDenormals {
 };
 
 // Columns past a tile's width are zeros, so the whole 64 bytes can always be computed.
-template <bool A_SIGNED>
+template <class B>
 inline void dot_bytes(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m) {
     int32_t sum[16];
     std::memcpy(sum, c.data[m], sizeof(sum));
     for (int k = 0; k < a.row_bytes; ++k) {
-      const int x = A_SIGNED ? static_cast<int8_t>(a.data[m][k]) : a.data[m][k];
+      const int x = static_cast<int8_t>(a.data[m][k]);
       for (int n = 0; n < 16; ++n) {
-        sum[n] += x * static_cast<int8_t>(b.data[k / 4][4 * n + k % 4]);
+        sum[n] += x * static_cast<B>(b.data[k / 4][4 * n + k % 4]);
       }
     }
     std::memcpy(c.data[m], sum, sizeof(sum));
@@ -134,13 +134,13 @@ inline void tile_dot_bf16() {
 template <int C, int A, int B>
 inline void tile_dot_i8() {
   emulated::check_product<C, A, B>();
-  emulated::dot_bytes<true>(emulated::tiles[C], emulated::tiles[A], emulated::tiles[B]);
+  emulated::dot_bytes<int8_t>(emulated::tiles[C], emulated::tiles[A], emulated::tiles[B]);
 }
 
 template <int C, int A, int B>
-inline void tile_dot_u8_i8() {
+inline void tile_dot_i8_u8() {
   emulated::check_product<C, A, B>();
-  emulated::dot_bytes<false>(emulated::tiles[C], emulated::tiles[A], emulated::tiles[B]);
+  emulated::dot_bytes<uint8_t>(emulated::tiles[C], emulated::tiles[A], emulated::tiles[B]);
 }
 
 }  // namespace tilewise
