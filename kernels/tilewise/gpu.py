@@ -1,4 +1,4 @@
-"""What the Triton backends of all operations share: when they can run, and how kernels are launched.
+"""What the Triton backends of all operations share: when they can run, how they are launched.
 
 Three things may stand behind a launch. On a GPU it is a launch. Under Triton's interpreter
 (`TRITON_INTERPRET=1`, which Triton reads once, when it is imported) the kernel runs as Python, on

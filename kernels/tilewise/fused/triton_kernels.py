@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The Triton kernels of the fused operations. Imported by the first call that launches one."""
 
 import triton
@@ -81,9 +82,9 @@ def norm_backward(
             d -= tl.sum(g, 0) / dim
         d *= scale
         if grad_total is not None:
-            d += tl.load(
-                grad_total + row * grad_total_stride + at, mask=here, other=0.0
-            ).to(tl.float32)
+            d += tl.load(grad_total + row * grad_total_stride + at, mask=here, other=0.0).to(
+                tl.float32
+            )
         tl.store(grad_x + row * dim + at, d.to(grad_x.dtype.element_ty), mask=here)
     tl.store(grad_weights + program * dim + at, of_weight, mask=inside)
     if CENTERED:
