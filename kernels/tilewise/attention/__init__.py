@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from tilewise.attention import autograd, baseline, naive, native
+from tilewise import gpu
+from tilewise.attention import autograd, baseline, naive, native, triton
 from tilewise.attention.checks import (
     check_flash_attention,
     check_flash_attention_varlen,
@@ -32,6 +33,9 @@ _FLASH_ATTENTION = Op(
     "flash_attention",
     naive.flash_attention,
     impls=(
+        Impl(
+            "triton", partial(autograd.flash_attention, "triton"), triton.why_not, gpu.why_not_auto
+        ),
         Impl("cpu", partial(autograd.flash_attention, "cpu"), native.why_not),
         Impl(
             "torch",
@@ -48,6 +52,12 @@ _FLASH_ATTENTION_VARLEN = Op(
     "flash_attention_varlen",
     naive.flash_attention_varlen,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.flash_attention_varlen, "triton"),
+            triton.why_not,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.flash_attention_varlen, "cpu"), native.why_not),
         Impl(
             "torch",
