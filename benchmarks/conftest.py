@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.benchmark(group=id, timer=clock)]
         if workload.device != "cpu":
             marks.append(pytest.mark.gpu)
-        for backend in reversed(OPS[workload.op].backends):
+        for backend in reversed(OPS[workload.op].backends_on(workload.device)):
             params.append(pytest.param(id, backend, marks=marks, id=f"{id}-{backend}"))
     metafunc.parametrize(("workload", "backend"), params)
 

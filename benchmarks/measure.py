@@ -154,7 +154,7 @@ class Bench:
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends that the operation has, the definition first."""
-        return tuple(reversed(self.op.backends))
+        return tuple(reversed(self.op.backends_on(self.workload.device)))
 
     @cached_property
     def cost(self) -> Cost:
@@ -234,7 +234,7 @@ class Bench:
         return [
             rival
             for rival in ("naive", "torch")
-            if rival != backend and rival in self.op.backends and self.why_not(rival) is None
+            if rival != backend and rival in self.backends and self.why_not(rival) is None
         ]
 
     def row(

@@ -31,7 +31,7 @@ def test_info_knows_every_operation_and_backend(facts):
         assert tuple(backends) == BACKENDS
         assert backends["naive"]["runs"] == backends["naive"]["calls"] > 0
     assert facts["operations"]["rms_norm"]["triton"]["reasons"] == [
-        "rms_norm has no triton implementation"
+        "needs tensors on a GPU, got cpu"
     ]
 
 
@@ -49,7 +49,7 @@ def test_info_in_words(capsys):
     out = capsys.readouterr().out
     for words in ("native library", "GB/s from", "GFLOP/s", "rms_norm"):
         assert words in out
-    assert "triton: no operation has an implementation in this version" in out
+    assert "cuda: no operation has an implementation in this version" in out
     assert "\x1b" not in out  # no colours where nobody watches
 
 
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_generate(tiny, capsys, monkeypatch):
         (["-n", "90000"], "max_new_tokens: the model has"),
         (["-n", "0"], "max_new_tokens: must be >= 1, got 0"),
         (["--temperature", "-1"], "temperature"),
-        (["--backend", "triton"], "has no triton implementation"),
+        (["--backend", "cuda"], "has no cuda implementation"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(tiny, capsys, options, message):

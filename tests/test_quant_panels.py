@@ -8,7 +8,7 @@ import torch
 from tilewise import native, quantized_matmul
 from tilewise.quant import FORMATS, QuantizedTensor, quantize
 from tilewise.quant.cases import gguf_weight
-from tilewise.quant.native import _describe
+from tilewise.quant.native import describe
 from tilewise.testing import Inputs, assert_agrees, nan_filled_empty
 
 needs_cpu = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def test_kernels_widen_to_the_same_numbers(name):
     begin, end = 5, 49
     with nan_filled_empty():
         out = torch.empty(end - begin, weight.shape[1])
-    native.cpu_ops().dequantize(*_describe(weight.to_panels()), begin, out)
+    native.cpu_ops().dequantize(*describe(weight.to_panels()), begin, out)
     assert torch.equal(out, weight.dequantize()[begin:end])
 
 

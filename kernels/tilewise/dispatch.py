@@ -122,6 +122,11 @@ class Op:
         """The names of the implementations, best first."""
         return tuple(impl.name for impl in self.impls)
 
+    def backends_on(self, device: str) -> tuple[str, ...]:
+        """Those of them that are made for "cpu" or "cuda"."""
+        others = ("cpu",) if device == "cuda" else ("triton", "cuda")
+        return tuple(name for name in self.backends if name not in others)
+
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         """Run the call on `backend`. The arguments have been checked already."""
         return self.select(backend, args, kwargs).fn(*args, **kwargs)
