@@ -8,7 +8,12 @@ import torch
 
 from tilewise import cpu, gpu
 from tilewise.attention.native import extras
-from tilewise.attention.operators import FLASH_ATTENTION, FLASH_ATTENTION_VARLEN
+from tilewise.attention.operators import (
+    FLASH_ATTENTION,
+    FLASH_ATTENTION_BACKWARD,
+    FLASH_ATTENTION_VARLEN,
+    FLASH_ATTENTION_VARLEN_BACKWARD,
+)
 
 
 def why_not(
@@ -43,7 +48,9 @@ def _blocks(q: torch.Tensor, dim: int, v_dim: int) -> dict[str, int]:
     elif widest <= 64:
         m, n, warps, stages = 128, 64, 4, 3
     elif widest == 128:
-        m, n, warps, stages = (128, 64, 8, 3) if gpu.architecture(q) != "gfx942" else (128, 64, 4, 1)
+        m, n, warps, stages = (
+            (128, 64, 8, 3) if gpu.architecture(q) != "gfx942" else (128, 64, 4, 1)
+        )
     elif widest == 256:
         m, n, warps, stages = 64, 32, 8, 2
     else:
@@ -94,23 +101,20 @@ def _attend(
 
     q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
     is_ragged = cu_seqlens_q is not None
-    out_shape, (dim, v_dim) = (*q.shape[:-1], v.shape[-1]), (q.shape[-1], v.shape[-1])
+    dim, v_dim = q.shape[-1], v.shape[-1]
+    out_shape = (*q.shape[:-1], v_dim)
     if is_ragged:  # tokens behind the last sequence belong to no program
         out, lse = q.new_zeros(out_shape), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     else:
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     blocks = _blocks(q, dim, v_dim)
-    tokens, heads = q.shape[-3:-1]
-    batch = len(cu_seqlens_q) - 1 if cu_seqlens_q is not None else q.shape[0]
-    tiles = -(-tokens // blocks["BLOCK_M"])
-    grid = (tiles + batch, heads, 1) if is_ragged else (tiles, heads, batch)
+    batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
     alibi_slopes, sinks, bias = extras(alibi_slopes, sinks, bias)
-    main, rest = pieces(dim)
     gpu.launch(
         kernels.forward,
-        grid,
+        _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
         q,
         k,
         v,
@@ -121,28 +125,62 @@ def _attend(
         alibi_slopes,
         sinks,
         bias,
-        batch,
-        heads,
-        tokens,
-        k.shape[-3],
-        dim,
-        v_dim,
-        *(stride for x in (q, k, v) for stride in _strides(x)),
-        alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-        *_bias_layout(bias, (batch, heads, tokens), k.shape[-3], is_ragged),
+        *_layout(q, k, v, cu_seqlens_q, alibi_slopes, bias),
         scale,
         softcap,
         window_left,
         0 if causal else window_right,
-        GROUP=heads // k.shape[-2],
-        HAS_SOFTCAP=softcap > 0,
-        IS_MASK=bias is not None and bias.dtype == torch.bool,
-        D_MAIN=main,
-        D_REST=rest,
-        D_V=power_of_two(v_dim),
+        **_constants(q, k, v, bias, softcap),
         **blocks,
     )
     return out, lse
+
+
+def _sizes(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> tuple[int, int, int]:
+    """Batch, heads, and tokens of a batch row or of all sequences."""
+    tokens, heads = q.shape[-3:-1]
+    return (q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1), heads, tokens
+
+
+def _grid(tokens: int, block: int, heads: int, batch: int, is_ragged: bool) -> tuple[int, int, int]:
+    """Tiles, heads and batch rows; tiles of ragged sequences are counted through the batch."""
+    tiles = -(-tokens // block)
+    return (tiles + batch, heads, 1) if is_ragged else (tiles, heads, batch)
+
+
+def _layout(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """Sizes and strides, as all kernels take them."""
+    sizes = _sizes(q, cu_seqlens_q)
+    return (
+        *sizes,
+        k.shape[-3],
+        q.shape[-1],
+        v.shape[-1],
+        *(stride for x in (q, k, v) for stride in _strides(x)),
+        alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+        *_bias_layout(bias, sizes, k.shape[-3], cu_seqlens_q is not None),
+    )
+
+
+def _constants(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, softcap: float
+) -> dict[str, Any]:
+    main, rest = pieces(q.shape[-1])
+    return {
+        "GROUP": q.shape[-2] // k.shape[-2],
+        "HAS_SOFTCAP": softcap > 0,
+        "IS_MASK": bias is not None and bias.dtype == torch.bool,
+        "D_MAIN": main,
+        "D_REST": rest,
+        "D_V": power_of_two(v.shape[-1]),
+    }
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -162,3 +200,134 @@ def _bias_layout(
         keys = keys if bias.shape[-1] == 1 else bias.shape[-1]
         return (0, *bias.expand(heads, queries, keys).stride(), keys)
     return (*bias.expand(batch, heads, queries, keys).stride(), keys)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _backward_blocks(q: torch.Tensor, dim: int, v_dim: int) -> dict[str, int]:
+    """As `_blocks`, of both kernels of the backward pass."""
+    widest = max(power_of_two(dim), power_of_two(v_dim))
+    if q.dtype == torch.float32:
+        m, n, warps = (32, 32, 4) if widest <= 64 else (16, 16, 4)
+    else:
+        m, n, warps = (64, 64, 4) if widest <= 64 else (32, 32, 4)
+        if widest == 128:
+            m, n, warps = 64, 64, 8
+        elif widest > 256:
+            m, n, warps = 16, 16, 8
+    stages = 1 if widest > 128 or gpu.architecture(q) == "gfx942" else 2
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+@FLASH_ATTENTION_BACKWARD.kernel("triton")
+def _flash_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    return _gradients(grad_out, grad_lse, out, lse, q, k, v, None, None, *options)
+
+
+@FLASH_ATTENTION_VARLEN_BACKWARD.kernel("triton")
+def _flash_attention_varlen_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    *options: Any,
+) -> tuple[torch.Tensor, ...]:
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    return _gradients(grad_out, grad_lse, out, lse, q, k, v, *ends, *options)
+
+
+def _gradients(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    batch_invariant: bool,
+    needs_grad_bias: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of q, k, v, sinks and bias, those of a missing tensor empty."""
+    from tilewise.attention import triton_backward_kernels as kernels
+
+    is_ragged = cu_seqlens_q is not None
+    q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
+    grad_out, out, lse = grad_out.contiguous(), out.contiguous(), lse.contiguous()
+    # Tokens behind the last sequence, or of a sequence behind the bias, belong to no program.
+    make = torch.Tensor.new_zeros if is_ragged else torch.Tensor.new_empty
+    grad_q, grad_k, grad_v = grads = [make(x, x.shape) for x in (q, k, v)]
+    slopes, sink_logits, added = extras(alibi_slopes, sinks, bias)
+    layout = _layout(q, k, v, cu_seqlens_q, slopes, added)
+    batch, heads, tokens, k_tokens, dim, v_dim = layout[:6]
+    delta = torch.empty_like(lse)
+    scores = None
+    if bias is not None and needs_grad_bias:
+        rows = (heads, tokens) if is_ragged else (batch, heads, tokens)
+        scores = q.new_zeros(*rows, layout[-1], dtype=torch.float32)
+    if batch:
+        block = power_of_two(v_dim)
+        rows_each = max(4096 // block, 1)
+        gpu.launch(
+            kernels.row_sums,
+            (-(-lse.numel() // rows_each),),
+            grad_out,
+            out,
+            None if grad_lse is None else grad_lse.contiguous(),
+            delta,
+            lse.numel(),
+            v_dim,
+            ROWS=rows_each,
+            BLOCK=block,
+        )
+        blocks = _backward_blocks(q, dim, v_dim)
+        ends = (cu_seqlens_q, cu_seqlens_k)
+        options = (scale, softcap, window_left, 0 if causal else window_right)
+        constants = _constants(q, k, v, added, softcap) | blocks
+        gpu.launch(
+            kernels.grad_queries,
+            _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
+            *(q, k, v, grad_out, lse, delta, grad_q, scores),
+            *(*ends, slopes, added, *layout, *options),
+            **constants,
+        )
+        gpu.launch(
+            kernels.grad_keys,
+            _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
+            *(q, k, v, grad_out, lse, delta, grad_k, grad_v),
+            *(*ends, slopes, added, *layout, *options),
+            **constants,
+        )
+    grad_sinks, grad_bias = q.new_empty(0), q.new_empty(0)
+    if sinks is not None and sink_logits is not None:
+        share = torch.exp(sink_logits - lse).masked_fill(lse == -torch.inf, 0)
+        grad_sinks = -(share * delta).flatten(0, -2).sum(0).to(sinks.dtype)
+    if bias is not None and scores is not None:
+        grad_bias = scores.sum_to_size(bias.shape).to(bias.dtype)
+    return (*grads, grad_sinks, grad_bias)

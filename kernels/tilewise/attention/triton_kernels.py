@@ -50,7 +50,9 @@ def place(cu_seqlens, b, tokens):
 
 
 @triton.jit
-def load_rows(p, stride, first, count, dim, begin: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_rows(
+    p, stride, first, count, dim, begin: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Elements [begin, begin + COLUMNS) of rows [first, first + ROWS), zeros from `count` on."""
     rows = tl.arange(0, ROWS)
     columns = begin + tl.arange(0, COLUMNS)
@@ -114,15 +116,20 @@ def score(
     IS_MASK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Scores in base 2 from the products of queries and keys, -inf where unseen, and what is seen."""
+    """From the products of queries and keys: scores in base 2, -inf where unseen; what is seen; tanh.
+
+    The last is what softcap multiplies, for the backward pass.
+    """
     s = dots * scale
+    tanh = s
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), without cancellation for small x.
         x = s / softcap
         small = x * x
         series = x * (1.0 + small * (-0.3333333333 + small * (0.1333333333 - small * 0.0539682540)))
         tanh = 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
-        s = softcap * tl.where(tl.abs(x) < 0.1, series, tanh)
+        tanh = tl.where(tl.abs(x) < 0.1, series, tanh)
+        s = softcap * tanh
     distance = positions[:, None] - keys[None, :]
     if HAS_ALIBI:
         s -= slope * tl.abs(distance).to(tl.float32)
@@ -144,7 +151,7 @@ def score(
     s *= LOG2_E
     if MASKED or HAS_BIAS:
         s = tl.where(seen, s, float("-inf"))
-    return s, seen
+    return s, seen, tanh
 
 
 @triton.jit
@@ -192,7 +199,7 @@ def _attend(
         if D_REST > 0:
             k_rest = load_rows(k, k_stride, first, k_len, dim, D_MAIN, BLOCK_N, D_REST)
             dots = tl.dot(q_rest, tl.trans(k_rest), dots, input_precision="ieee")
-        s, seen = score(
+        s, seen, _ = score(
             dots, positions, keys, k_len, left, right, scale, softcap, slope, bias, bias_stride_q,
             bias_stride_k, queries, q_len, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, MASKED,
         )  # fmt: skip
