@@ -132,8 +132,8 @@ def test_a_call_repeats_exactly(case: Case, backend: str, dtype: torch.dtype, de
         _assert_same_bits({name: call.arguments[name] for name in tensors}, tensors)
 
 
-# How PyTorch splits its own products depends on the number of threads, and with it the bits. On a GPU
-# none of ours takes part.
+# How PyTorch splits its own products depends on the number of threads, and with it the bits; and
+# kernels for GPUs use none of them.
 @_on_every_backend(CASES, dtypes=False, without=("naive", "torch", "triton", "cuda"))
 def test_any_thread_count_same_bits(
     case: Case, backend: str, dtype: torch.dtype, device: str

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """The Triton kernels of the attention's backward pass.
 
-Scores are computed again, from the log-sum-exp that the forward pass has left. One kernel goes along
-the keys for a block of queries (grad q), the other along the queries, head by head of a group, for a
-block of keys (grad k, grad v): nothing is added atomically, and the same call gives the same bits.
+Scores are computed again, from the log-sum-exp that the forward pass has left. One kernel goes
+along the keys for a block of queries (grad q), the other along the queries, head by head of a
+group, for a block of keys (grad k, grad v): nothing is added atomically, and the same call gives
+the same bits.
 
 Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691).
 """
@@ -205,7 +206,7 @@ def grad_queries(
                 if D_REST > 0:
                     k_rest = load_rows(k, k_stride_s, at, k_len, dim, D_MAIN, BLOCK_N, D_REST)
                 values = load_rows(v, v_stride_s, at, k_len, v_dim, 0, BLOCK_N, D_V)
-                p, of_s, of_dots = _tile(
+                _, of_s, of_dots = _tile(
                     q_main, q_rest, k_main, k_rest, values, upstream, log_sum, of_row, queries,
                     keys, q_len, k_len, left, right, scale, softcap, slope, bias, bias_stride_q,
                     bias_stride_k, phase != 1, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, D_REST,
@@ -217,11 +218,11 @@ def grad_queries(
                         grad_scores + to[:, None] * bias_keys + keys[None, :], of_s, mask=inside
                     )
                 if phase != 1:
-                    k_main, good = finite(k_main)
+                    k_main, _ = finite(k_main)
                 main = tl.dot(of_dots.to(k_main.dtype), k_main, main, input_precision="ieee")
                 if D_REST > 0:
                     if phase != 1:
-                        k_rest, good = finite(k_rest)
+                        k_rest, _ = finite(k_rest)
                     rest = tl.dot(of_dots.to(k_rest.dtype), k_rest, rest, input_precision="ieee")
 
         to = grad_q + (first_row + queries.to(tl.int64) * heads)[:, None] * dim
@@ -373,7 +374,7 @@ def grad_keys(
                     at_row = first_row + queries * heads
                     log_sum = tl.load(lse + at_row, mask=here, other=float("-inf"))
                     of_row = tl.load(delta + at_row, mask=here, other=0.0)
-                    p, of_s, of_dots = _tile(
+                    p, _, of_dots = _tile(
                         q_main, q_rest, k_main, k_rest, values, upstream, log_sum, of_row, queries,
                         keys, q_len, k_len, left, right, scale, softcap, slope, of_bias,
                         bias_stride_q, bias_stride_k, phase != 1, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
@@ -383,12 +384,12 @@ def grad_keys(
                         tl.trans(p.to(upstream.dtype)), upstream, of_values, input_precision="ieee"
                     )
                     if phase != 1:  # a query that sees nothing may be NaN
-                        q_main, good = finite(q_main)
+                        q_main, _ = finite(q_main)
                     turned = tl.trans(of_dots.to(q_main.dtype))
                     main = tl.dot(turned, q_main, main, input_precision="ieee")
                     if D_REST > 0:
                         if phase != 1:
-                            q_rest, good = finite(q_rest)
+                            q_rest, _ = finite(q_rest)
                         rest = tl.dot(turned, q_rest, rest, input_precision="ieee")
 
         first_row = (of_batch * k_tokens + k_begin) * kv_heads + kv_head

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 """The Triton kernel of the attention's forward pass, and what it shares with the backward one.
 
-A program holds BLOCK_M queries of one head and goes along the keys BLOCK_N at a time with the online
-softmax, in base 2. Tiles of keys begin at multiples of BLOCK_N, whatever the queries see: a row's
-bits do not depend on its neighbours. Of the tiles only those are visited that hold a visible key,
-and those that every query of the block sees in full skip the masks.
+A program holds BLOCK_M queries of one head and goes along the keys BLOCK_N at a time with the
+online softmax, in base 2. Tiles of keys begin at multiples of BLOCK_N, whatever the queries see: a
+row's bits do not depend on its neighbours. Of the tiles only those are visited that hold a visible
+key, and those that every query of the block sees in full skip the masks.
 
 A head dimension is two powers of two: 192 is 128 + 64, and 576 is 512 + 64.
 
@@ -70,7 +70,7 @@ def finite(x):
 
 @triton.jit
 def visible_tiles(first, last, k_len, left, right, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys that queries at positions [first, last] see: [begin, end), and in full [inner, outer).
+    """The keys that queries at positions [first, last] see, [begin, end); in full [inner, outer).
 
     All but `end` are multiples of BLOCK_N, and begin <= inner <= outer <= end.
     """
@@ -116,9 +116,9 @@ def score(
     IS_MASK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """From the products of queries and keys: scores in base 2, -inf where unseen; what is seen; tanh.
+    """Of products of queries and keys: scores in base 2, -inf where unseen; what is seen; the tanh.
 
-    The last is what softcap multiplies, for the backward pass.
+    The last is what softcap multiplies, and the backward pass needs.
     """
     s = dots * scale
     tanh = s
