@@ -35,28 +35,58 @@ def power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 16)
 
 
-def _blocks(q: torch.Tensor, dim: int, v_dim: int) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N and how to compile, by the head dimension: not yet measured.
+Blocks = tuple[int, int, int, int]
+"""Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
+
+# By the widest head dimension that they are for. Not tuned: so that tiles fit in shared memory and
+# few registers are spilled.
+_FORWARD: dict[str, dict[int, Blocks]] = {
+    "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
+    "sm_90": {
+        64: (128, 128, 8, 2),
+        128: (128, 64, 8, 2),
+        256: (64, 32, 8, 2),
+        1024: (32, 16, 8, 1),
+    },
+    "sm_100": {
+        64: (128, 64, 8, 2),
+        128: (128, 64, 8, 3),
+        256: (64, 32, 8, 2),
+        1024: (32, 16, 8, 1),
+    },
+    "gfx942": {
+        64: (128, 64, 4, 1),
+        128: (128, 64, 8, 1),
+        256: (64, 32, 8, 1),
+        1024: (32, 16, 8, 1),
+    },
+}
+_FORWARD_FLOAT32: dict[int, Blocks] = {
+    64: (32, 32, 4, 1),
+    128: (32, 32, 4, 1),
+    1024: (16, 16, 4, 1),
+}
+"""float32 is multiplied without tensor cores, and operands take twice the room."""
+
+_BACKWARD: dict[str, dict[int, Blocks]] = {
+    "sm_80": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_90": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 8, 1)},
+}
+_BACKWARD_FLOAT32: dict[int, Blocks] = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+
+
+def _blocks(
+    q: torch.Tensor, v_dim: int, tables: dict[str, dict[int, Blocks]], float32: dict[int, Blocks]
+) -> dict[str, int]:
+    """Of a table, as a kernel takes them.
 
     They must not depend on the lengths: a row's bits would.
     """
-    widest = max(power_of_two(dim), power_of_two(v_dim))
-    if q.dtype == torch.float32:  # no tensor cores: small tiles that stay in registers
-        m, n, warps, stages = {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 32, 4, 2)}.get(
-            widest, (32, 32, 4, 2) if widest == 128 else (16, 16, 4, 1)
-        )
-    elif widest <= 64:
-        m, n, warps, stages = 128, 64, 4, 3
-    elif widest == 128:
-        m, n, warps, stages = (
-            (128, 64, 8, 3) if gpu.architecture(q) != "gfx942" else (128, 64, 4, 1)
-        )
-    elif widest == 256:
-        m, n, warps, stages = 64, 32, 8, 2
-    else:
-        m, n, warps, stages = 32, 16, 8, 1
-    if gpu.architecture(q) == "gfx942":
-        stages = 1
+    table = float32 if q.dtype == torch.float32 else tables[gpu.architecture(q)]
+    widest = max(q.shape[-1], v_dim)
+    m, n, warps, stages = next(table[limit] for limit in sorted(table) if widest <= limit)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -101,13 +131,12 @@ def _attend(
 
     q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
     is_ragged = cu_seqlens_q is not None
-    dim, v_dim = q.shape[-1], v.shape[-1]
-    out_shape = (*q.shape[:-1], v_dim)
+    out_shape = (*q.shape[:-1], v.shape[-1])
     if is_ragged:  # tokens behind the last sequence belong to no program
         out, lse = q.new_zeros(out_shape), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     else:
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    blocks = _blocks(q, dim, v_dim)
+    blocks = _blocks(q, v.shape[-1], _FORWARD, _FORWARD_FLOAT32)
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
@@ -205,21 +234,6 @@ def _bias_layout(
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def _backward_blocks(q: torch.Tensor, dim: int, v_dim: int) -> dict[str, int]:
-    """As `_blocks`, of both kernels of the backward pass."""
-    widest = max(power_of_two(dim), power_of_two(v_dim))
-    if q.dtype == torch.float32:
-        m, n, warps = (32, 32, 4) if widest <= 64 else (16, 16, 4)
-    else:
-        m, n, warps = (64, 64, 4) if widest <= 64 else (32, 32, 4)
-        if widest == 128:
-            m, n, warps = 64, 64, 8
-        elif widest > 256:
-            m, n, warps = 16, 16, 8
-    stages = 1 if widest > 128 or gpu.architecture(q) == "gfx942" else 2
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-
-
 @FLASH_ATTENTION_BACKWARD.kernel("triton")
 def _flash_attention_backward(
     grad_out: torch.Tensor,
@@ -285,7 +299,7 @@ def _gradients(
     grad_q, grad_k, grad_v = grads = [make(x, x.shape) for x in (q, k, v)]
     slopes, sink_logits, added = extras(alibi_slopes, sinks, bias)
     layout = _layout(q, k, v, cu_seqlens_q, slopes, added)
-    batch, heads, tokens, k_tokens, dim, v_dim = layout[:6]
+    batch, heads, tokens, k_tokens, _, v_dim = layout[:6]
     delta = torch.empty_like(lse)
     scores = None
     if bias is not None and needs_grad_bias:
@@ -306,7 +320,7 @@ def _gradients(
             ROWS=rows_each,
             BLOCK=block,
         )
-        blocks = _backward_blocks(q, dim, v_dim)
+        blocks = _blocks(q, v_dim, _BACKWARD, _BACKWARD_FLOAT32)
         ends = (cu_seqlens_q, cu_seqlens_k)
         options = (scale, softcap, window_left, 0 if causal else window_right)
         constants = _constants(q, k, v, added, softcap) | blocks
