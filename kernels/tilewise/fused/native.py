@@ -53,9 +53,7 @@ def _rms_norm(
 ) -> Any:
     out = empty_like(x)
     total = x.new_empty(0) if residual is None else empty_like(x)
-    native.cpu_ops().rms_norm(
-        rows(x), weight.contiguous(), eps, rows_or_none(residual), out, total
-    )
+    native.cpu_ops().rms_norm(rows(x), weight.contiguous(), eps, rows_or_none(residual), out, total)
     return out, total
 
 

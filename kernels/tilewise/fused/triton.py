@@ -1,4 +1,4 @@
-"""The Triton backend of the fused operations: results allocated, rows laid out, kernels launched."""
+"""The Triton backend of the fused operations: results allocated, rows laid out, kernels started."""
 
 from __future__ import annotations
 

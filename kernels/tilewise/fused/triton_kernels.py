@@ -81,9 +81,9 @@ def norm_backward(
             d -= tl.sum(g, 0) / dim
         d *= scale
         if grad_total is not None:
-            d += tl.load(
-                grad_total + row * grad_total_stride + at, mask=here, other=0.0
-            ).to(tl.float32)
+            d += tl.load(grad_total + row * grad_total_stride + at, mask=here, other=0.0).to(
+                tl.float32
+            )
         tl.store(grad_x + row * dim + at, d.to(grad_x.dtype.element_ty), mask=here)
     tl.store(grad_weights + program * dim + at, of_weight, mask=inside)
     if CENTERED:
