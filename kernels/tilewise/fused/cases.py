@@ -185,6 +185,32 @@ CASES = [
 ]
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def _compiled(op: str, id: str, make: Make, grad: tuple[str, ...] = ()) -> Case:
+    return Case(op, id, make, dtypes=_SIXTEEN_BITS, grad=grad)
+
+
+COMPILED = [
+    _compiled("rms_norm", "Llama-3-8B", _norm(512, 4096), ("x", "weight")),
+    _compiled(
+        "rms_norm", "Llama-3-8B, residual", _norm(512, 4096, residual=True), ("x", "residual")
+    ),
+    _compiled("rms_norm", "SmolLM2", _norm(512, 576, residual=True), ("x", "residual")),
+    _compiled("rms_norm", "heads of 128", _norm(512, 8, 128), ("x",)),
+    Case("rms_norm", "float32", _norm(512, 4096), dtypes=(torch.float32,), grad=("x", "weight")),
+    _compiled(
+        "layer_norm", "GPT-2", _norm(512, 768, bias=True, residual=True), ("x", "weight", "bias")
+    ),
+    Case("layer_norm", "float32", _norm(512, 768, bias=True), dtypes=(torch.float32,)),
+]
+"""Every kernel in the configurations that ship; see `tilewise build --triton`."""
+
+
 # --- the registered operators, for opcheck --------------------------------------------------------
 
 
