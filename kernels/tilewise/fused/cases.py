@@ -207,6 +207,18 @@ COMPILED = [
         "layer_norm", "GPT-2", _norm(512, 768, bias=True, residual=True), ("x", "weight", "bias")
     ),
     Case("layer_norm", "float32", _norm(512, 768, bias=True), dtypes=(torch.float32,)),
+    _compiled("rotary_embedding", "Llama-3-8B", _rotary(512, 32, 128, rotary_dim=128), ("x",)),
+    _compiled("rotary_embedding", "SmolLM2", _rotary(512, 3, 64, rotary_dim=64), ("x",)),
+    _compiled(
+        "rotary_embedding",
+        "GPT-J",
+        _rotary(512, 16, 256, rotary_dim=64, interleaved=True),
+        ("x",),
+    ),
+    _compiled("swiglu", "Llama-3-8B", _gated(512, 14336), ("gate", "up")),
+    _compiled("swiglu", "Llama-3-8B, halves", _halves(512, 28672), ("gate", "up")),
+    _compiled("geglu", "tanh", _halves(512, 18432, approximate="tanh"), ("gate", "up")),
+    _compiled("geglu", "erf", _halves(512, 18432, approximate="none"), ("gate", "up")),
 ]
 """Every kernel in the configurations that ship; see `tilewise build --triton`."""
 

@@ -8,12 +8,16 @@ import torch
 
 from tilewise import gpu
 from tilewise.fused.operators import (
+    GATED_ACTIVATION,
+    GATED_ACTIVATION_BACKWARD,
     LAYER_NORM,
     LAYER_NORM_BACKWARD,
     RMS_NORM,
     RMS_NORM_BACKWARD,
+    ROTARY_EMBEDDING,
 )
 from tilewise.fused.rows import empty_like, rows, rows_or_none
+from tilewise.fused.tables import RotaryTables
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -151,6 +155,119 @@ def _norm_backward(
         **_block(dim),
     )
     return grad_x, of_weight.sum(0).to(weight.dtype), of_bias.sum(0).to(weight.dtype)
+
+
+# --- rotary embedding -----------------------------------------------------------------------------
+
+_PAIRS_PER_PROGRAM = 1024
+
+
+def why_not_rotary(x: torch.Tensor, tables: RotaryTables, positions: torch.Tensor) -> str | None:
+    """Why the Triton kernel cannot take the call."""
+    if tables.cos.dtype != torch.float32 or tables.sin.dtype != torch.float32:
+        return "needs float32 tables"
+    if x.shape[-1] > _LARGEST_ROW:
+        return f"holds heads of up to {_LARGEST_ROW} elements, got {x.shape[-1]}"
+    return gpu.why_not(x, dot=False)
+
+
+@ROTARY_EMBEDDING.kernel("triton")
+def _rotary_embedding(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> torch.Tensor:
+    from tilewise.fused import triton_kernels as kernels
+
+    out = empty_like(x)
+    if out.numel() == 0:
+        return out
+    tokens = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    count, heads, dim = tokens.shape
+    pairs = cos.shape[1]
+    pairs_block = _power_of_2(pairs)
+    heads_block = min(_power_of_2(heads), max(_PAIRS_PER_PROGRAM // pairs_block, 1))
+    gpu.launch(
+        kernels.rotary,
+        (count, -(-heads // heads_block)),
+        tokens,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions.contiguous(),
+        out,
+        heads,
+        dim,
+        pairs,
+        cos.shape[0] - 1,
+        tokens.stride(0),
+        tokens.stride(1),
+        INTERLEAVED=interleaved,
+        INVERSE=inverse,
+        HEADS=heads_block,
+        PAIRS=pairs_block,
+        REST=_power_of_2(dim - 2 * pairs) if dim > 2 * pairs else 0,
+        num_warps=min(max(heads_block * pairs_block // 256, 1), 8),
+    )
+    return out
+
+
+# --- gated activations ----------------------------------------------------------------------------
+
+_GATED_BLOCK = {"BLOCK": 1024, "num_warps": 4}
+
+
+def why_not_gated(gate: torch.Tensor, up: torch.Tensor, **options: Any) -> str | None:
+    """Why the Triton kernel cannot take the call."""
+    return gpu.why_not(gate, dot=False)
+
+
+@GATED_ACTIVATION.kernel("triton")
+def _gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    from tilewise.fused import triton_kernels as kernels
+
+    out = empty_like(gate)
+    _launch_gated(kernels.gated, (gate, up), (out,), activation)
+    return out
+
+
+@GATED_ACTIVATION_BACKWARD.kernel("triton")
+def _gated_activation_backward(
+    grad_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> Any:
+    from tilewise.fused import triton_kernels as kernels
+
+    grads = empty_like(gate), empty_like(up)
+    _launch_gated(kernels.gated_backward, (grad_out, gate, up), grads, activation)
+    return grads
+
+
+def _launch_gated(
+    kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], kind: str
+) -> None:
+    count = outputs[0].numel()
+    if count == 0:
+        return
+    # Where no row is cut out of a longer one, all are one row.
+    dim = count
+    if not all(x.is_contiguous() for x in inputs):
+        inputs, dim = tuple(rows(x) for x in inputs), outputs[0].shape[-1]
+    strides = [dim if x.is_contiguous() else x.stride(0) for x in inputs]
+    blocks = -(-dim // _GATED_BLOCK["BLOCK"])
+    grid = (count // dim * blocks,)
+    gpu.launch(kernel, grid, *inputs, *outputs, dim, *strides, blocks, KIND=kind, **_GATED_BLOCK)
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _row_stride(x: torch.Tensor) -> int:
