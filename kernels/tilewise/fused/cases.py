@@ -188,6 +188,17 @@ CASES = [
 # --- calls to compile ahead of time ---------------------------------------------------------------
 
 
+def _sample_with_history(batch: int, vocabulary: int, tokens: int) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        return _sample(batch, vocabulary)(inputs) | {
+            "previous_tokens": inputs.randint(0, vocabulary, batch, tokens),
+            "sample_ids": inputs.randint(0, 9, batch),
+            "positions": inputs.randint(0, 9, batch),
+        }
+
+    return make
+
+
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -219,6 +230,9 @@ COMPILED = [
     _compiled("swiglu", "Llama-3-8B, halves", _halves(512, 28672), ("gate", "up")),
     _compiled("geglu", "tanh", _halves(512, 18432, approximate="tanh"), ("gate", "up")),
     _compiled("geglu", "erf", _halves(512, 18432, approximate="none"), ("gate", "up")),
+    _compiled("sample", "Llama-3-8B", _sample(64, 128256)),
+    _compiled("sample", "Llama-3-8B, history", _sample_with_history(64, 128256, 1000)),
+    _compiled("sample", "GPT-2", _sample(1, 50257)),
 ]
 """Every kernel in the configurations that ship; see `tilewise build --triton`."""
 
