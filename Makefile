@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test sanitize bench lint gpu clean
+.PHONY: help demo test sanitize bench lint gpu gpu-compile clean
 help:
 	@echo "make demo   answer a prompt with a real model on every backend, and measure everything"
 	@echo "make test   check every operation on every backend that this machine offers"
 	@echo "make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench  time every operation against its rivals"
 	@echo "make lint   ruff and mypy"
+	@echo "make gpu-compile  every Triton kernel for every GPU that they are for; needs no GPU"
 	@echo "make gpu    GPU tests, then GPU benchmarks, with PYTHON=$(PYTHON) (needs torch, pytest)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,6 +47,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-compile: $(VENV)/.installed
+	$(BIN)/tilewise build --triton
 
 # PYTHONSAFEPATH: `python -m pytest` would put this folder, and with it `kernels/`, on the path.
 gpu: export PYTHONSAFEPATH = 1

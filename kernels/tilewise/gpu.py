@@ -34,6 +34,9 @@ TARGETS = {
 }
 """What kernels can be compiled for without a GPU: Triton's backend, architecture and warp size."""
 
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that a block of threads can have (AMD: local data share)."""
+
 
 # --- whether they can run -------------------------------------------------------------------------
 
@@ -114,13 +117,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel: a function decorated by `triton.jit`.
         grid: programs in each dimension; where one is 0 there is nothing to do.
         args: of the kernel; the first is a tensor.
-        options: its constexpr arguments, `num_warps`, `num_stages`.
+        options: its constexpr arguments, `num_warps`, `num_stages`; `enable_fp_fusion=False` keeps
+            the compiler from contracting a product and a sum into one FMA.
     """
     if 0 in grid:
         return
+    # Said at every launch: what it is by default changes from one version of Triton to the next.
+    options.setdefault("enable_fp_fusion", True)
     if _compilation is not None:
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-        _compilation.kernels.append(Compiled(kernel.__name__, _compilation.target, compiled))
+        constants = {
+            name: value.dtype if isinstance(value, torch.Tensor) else value
+            for name, value in zip(kernel.arg_names, args, strict=False)
+            if value is None or isinstance(value, torch.Tensor)
+        }
+        found = Compiled(kernel.__name__, _compilation.target, constants | options, compiled)
+        _compilation.kernels.append(found)
         return
     device = args[0].device
     here = device.type == "cpu" or device.index == torch.cuda.current_device()
@@ -133,10 +145,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel that was compiled: its name, for which of `TARGETS`, and Triton's own object."""
+    """A kernel that was compiled.
+
+    Args:
+        kernel: its name.
+        target: one of `TARGETS`.
+        constants: what it was compiled for: the dtypes of its tensors, None for those that are
+            missing, its constexpr arguments and options.
+        triton: Triton's own object.
+    """
 
     kernel: str
     target: str
+    constants: dict[str, Any]
     triton: Any
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from tilewise import gpu
 from tilewise.dispatch import Op, find_op
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -196,6 +197,22 @@ class Inputs:
         return torch.tensor(data, dtype=dtype, device=self.device)
 
 
+class BlankInputs(Inputs):
+    """Inputs that are only looked at: zeros, for which no memory is touched until they are read."""
+
+    def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Any:
+        """Zeros."""
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
+        """Zeros."""
+        return self.randn(*shape, dtype=dtype)
+
+    def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Any:
+        """Zeros, whatever the limits."""
+        return self.randn(*shape, dtype=dtype)
+
+
 def map_tensors(value: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`value` with `fn` applied to its tensors, through tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
@@ -310,6 +327,31 @@ def all_operator_calls() -> list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]
     for name in _CASE_MODULES:
         calls += importlib.import_module(f"tilewise.{name}.cases").OPERATOR_CALLS
     return calls
+
+
+def all_compiled_calls() -> list[Case]:
+    """Calls with the shapes of real models, for which kernels are compiled ahead of time.
+
+    Only operations with Triton kernels have any.
+    """
+    calls: list[Case] = []
+    for name in _CASE_MODULES:
+        calls += getattr(importlib.import_module(f"tilewise.{name}.cases"), "COMPILED", ())
+    return calls
+
+
+def compile_case(case: Case, target: str, dtype: torch.dtype) -> list[gpu.Compiled]:
+    """The Triton kernels of a call and of its gradients, compiled for a target and not run."""
+    with gpu.compiling_for(target) as kernels:
+        arguments = case.make(BlankInputs(dtype))
+        for name in case.grad:
+            arguments[name].requires_grad_()
+        returned = public_function(case.op)(**arguments, backend="triton")
+        results = case.results(arguments, returned).values()
+        differentiable = [result for result in results if result.requires_grad]
+        if differentiable:
+            torch.autograd.backward(differentiable, [torch.zeros_like(r) for r in differentiable])
+    return kernels
 
 
 def run_case(

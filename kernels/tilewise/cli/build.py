@@ -1,4 +1,4 @@
-"""`tilewise build`: compile the C++ kernels ahead of time."""
+"""`tilewise build`: compile the C++ kernels, or with `--triton` the Triton kernels, beforehand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import sys
 
-from tilewise import build
-from tilewise.cli.console import Advance, Commands, UserError, progress
+from tilewise import build, gpu
+from tilewise.cli import build_triton
+from tilewise.cli.console import Advance, Commands, UserError, count, progress
+from tilewise.dispatch import OPS
 
 
 def add(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -26,6 +28,24 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         choices=build.VARIANTS[1:],
         default="",
         help="for tests: with sanitizers, or of AVX2 instructions alone",
+    )
+    targets = ", ".join(gpu.TARGETS)
+    parser.add_argument(
+        "--triton",
+        nargs="*",
+        metavar="TARGET",
+        help="the Triton kernels instead, for these GPUs, and say what they need; fails where that "
+        f"is too much (default: {targets})",
+    )
+    parser.add_argument(
+        "--op", choices=tuple(OPS), metavar="OP", help="with --triton: only this operation"
+    )
+    parser.add_argument(
+        "--spill-limit",
+        type=count,
+        default=build_triton.SPILL_LIMIT,
+        metavar="BYTES",
+        help="with --triton: what a thread may spill (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
@@ -62,6 +82,10 @@ class _Bar(build.Watcher):
 
 def run(options: argparse.Namespace) -> int:
     """Build, and print a line for each instruction set."""
+    if options.triton is not None:
+        return build_triton.run(options)
+    if options.op:
+        raise UserError("--op: the C++ kernels are built together; it is for --triton")
     built = 0
     for isa in [options.isa] if options.isa else build.ISA_FLAGS:
         watcher = _Bar(options.quiet)

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import autograd, baseline, naive, native
+from tilewise.fused import autograd, baseline, naive, native, triton
 
 _APPROXIMATE = ("tanh", "none")
 
@@ -45,6 +45,12 @@ _SWIGLU = Op(
     "swiglu",
     naive.swiglu,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.swiglu, "triton"),
+            triton.why_not_gated,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.swiglu, "cpu"), native.why_not_gated),
         Impl("torch", baseline.swiglu, why_not_auto=_why_not_auto),
     ),
@@ -55,6 +61,12 @@ _GEGLU = Op(
     "geglu",
     naive.geglu,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.geglu, "triton"),
+            triton.why_not_gated,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.geglu, "cpu"), native.why_not_gated),
         Impl("torch", baseline.geglu, why_not_auto=_why_not_auto),
     ),

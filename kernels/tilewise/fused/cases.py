@@ -185,6 +185,58 @@ CASES = [
 ]
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+
+def _sample_with_history(batch: int, vocabulary: int, tokens: int) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        return _sample(batch, vocabulary)(inputs) | {
+            "previous_tokens": inputs.randint(0, vocabulary, batch, tokens),
+            "sample_ids": inputs.randint(0, 9, batch),
+            "positions": inputs.randint(0, 9, batch),
+        }
+
+    return make
+
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def _compiled(op: str, id: str, make: Make, grad: tuple[str, ...] = ()) -> Case:
+    return Case(op, id, make, dtypes=_SIXTEEN_BITS, grad=grad)
+
+
+COMPILED = [
+    _compiled("rms_norm", "Llama-3-8B", _norm(512, 4096), ("x", "weight")),
+    _compiled(
+        "rms_norm", "Llama-3-8B, residual", _norm(512, 4096, residual=True), ("x", "residual")
+    ),
+    _compiled("rms_norm", "SmolLM2", _norm(512, 576, residual=True), ("x", "residual")),
+    _compiled("rms_norm", "heads of 128", _norm(512, 8, 128), ("x",)),
+    Case("rms_norm", "float32", _norm(512, 4096), dtypes=(torch.float32,), grad=("x", "weight")),
+    _compiled(
+        "layer_norm", "GPT-2", _norm(512, 768, bias=True, residual=True), ("x", "weight", "bias")
+    ),
+    Case("layer_norm", "float32", _norm(512, 768, bias=True), dtypes=(torch.float32,)),
+    _compiled("rotary_embedding", "Llama-3-8B", _rotary(512, 32, 128, rotary_dim=128), ("x",)),
+    _compiled("rotary_embedding", "SmolLM2", _rotary(512, 3, 64, rotary_dim=64), ("x",)),
+    _compiled(
+        "rotary_embedding",
+        "GPT-J",
+        _rotary(512, 16, 256, rotary_dim=64, interleaved=True),
+        ("x",),
+    ),
+    _compiled("swiglu", "Llama-3-8B", _gated(512, 14336), ("gate", "up")),
+    _compiled("swiglu", "Llama-3-8B, halves", _halves(512, 28672), ("gate", "up")),
+    _compiled("geglu", "tanh", _halves(512, 18432, approximate="tanh"), ("gate", "up")),
+    _compiled("geglu", "erf", _halves(512, 18432, approximate="none"), ("gate", "up")),
+    _compiled("sample", "Llama-3-8B", _sample(64, 128256)),
+    _compiled("sample", "Llama-3-8B, history", _sample_with_history(64, 128256, 1000)),
+    _compiled("sample", "GPT-2", _sample(1, 50257)),
+]
+"""Every kernel in the configurations that ship; see `tilewise build --triton`."""
+
+
 # --- the registered operators, for opcheck --------------------------------------------------------
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import autograd, baseline, naive, native
+from tilewise.fused import autograd, baseline, naive, native, triton
 from tilewise.fused.tables import RotaryTables
 
 
@@ -79,6 +79,12 @@ _ROTARY_EMBEDDING = Op(
     "rotary_embedding",
     naive.rotary_embedding,
     impls=(
+        Impl(
+            "triton",
+            partial(autograd.rotary_embedding, "triton"),
+            triton.why_not_rotary,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.rotary_embedding, "cpu"), native.why_not_rotary),
         Impl("torch", baseline.rotary_embedding, why_not_auto=_why_not_auto),
     ),

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs
 """The Triton kernels of the fused operations. Imported by the first call that launches one."""
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
@@ -89,3 +90,132 @@ def norm_backward(
     tl.store(grad_weights + program * dim + at, of_weight, mask=inside)
     if CENTERED:
         tl.store(grad_biases + program * dim + at, of_bias, mask=inside)
+
+
+@triton.jit
+def rotary(
+    x,
+    cos,
+    sin,
+    positions,
+    out,
+    heads,
+    dim,
+    pairs,
+    last,
+    token_stride,
+    head_stride,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """HEADS heads of a token: pairs turned, the rest copied; one row of the tables serves all."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    x += token * token_stride + head[:, None].to(tl.int64) * head_stride
+    out += (token * heads + head[:, None]) * dim
+    position = tl.load(positions + token)
+    inside = (position >= 0) & (position <= last)
+    pair = tl.arange(0, PAIRS)
+    # A position outside the tables reads nothing and gives NaN.
+    at = position * pairs + pair
+    read = pair < tl.where(inside, pairs, 0)
+    c = tl.load(cos + at, mask=read, other=float("nan"))[None, :]
+    s = tl.load(sin + at, mask=read, other=float("nan"))[None, :]
+    if INVERSE:
+        s = -s
+    if INTERLEAVED:
+        # Neighbours are loaded together and parted in registers.
+        both = tl.arange(0, 2 * PAIRS)[None, :]
+        here = (head[:, None] < heads) & (both < 2 * pairs)
+        h = tl.load(x + both, mask=here, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(h, [HEADS, PAIRS, 2]))
+        turned = tl.reshape(tl.join(a * c - b * s, b * c + a * s), [HEADS, 2 * PAIRS])
+        tl.store(out + both, turned.to(out.dtype.element_ty), mask=here)
+    else:
+        first = pair[None, :]
+        here = (head[:, None] < heads) & (first < pairs)
+        a = tl.load(x + first, mask=here, other=0.0).to(tl.float32)
+        b = tl.load(x + pairs + first, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + first, (a * c - b * s).to(out.dtype.element_ty), mask=here)
+        tl.store(out + pairs + first, (b * c + a * s).to(out.dtype.element_ty), mask=here)
+    if REST > 0:
+        rest = 2 * pairs + tl.arange(0, REST)[None, :]
+        here = (head[:, None] < heads) & (rest < dim)
+        tl.store(out + rest, tl.load(x + rest, mask=here), mask=here)
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr):
+    """The activation and its slope.
+
+    The sigmoid's kind is x / (1 + e^-y), in which nothing cancels: silu with y = x, and the tanh
+    approximation of gelu, as (1 + tanh u) / 2 = 1 / (1 + e^-2u).
+    """
+    if KIND == "gelu_erf":
+        p = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value = x * p
+        slope = p + x * tl.exp(x * x * -0.5) * 0.3989422804014327
+    else:
+        if KIND == "silu":
+            y = x
+            y_slope = 1.0
+        else:
+            y = x * (1.5957691216057308 + 0.0713548162726002527 * x * x)
+            y_slope = 1.5957691216057308 + 3 * 0.0713548162726002527 * x * x
+        s = 1.0 / (1.0 + tl.exp(-y))
+        value = x * s
+        slope = s * (1.0 + x * (1.0 - s) * y_slope)
+    return value, slope
+
+
+@triton.jit
+def gated(
+    gate,
+    up,
+    out,
+    dim,
+    gate_stride,
+    up_stride,
+    blocks,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of a row of activation(gate) * up."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < dim
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _activation(g, KIND)
+    tl.store(out + row * dim + at, (value * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_backward(
+    grad_out,
+    gate,
+    up,
+    grad_gate,
+    grad_up,
+    dim,
+    grad_out_stride,
+    gate_stride,
+    up_stride,
+    blocks,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of a row of both gradients."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < dim
+    d = tl.load(grad_out + row * grad_out_stride + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _activation(g, KIND)
+    to = row * dim + at
+    tl.store(grad_gate + to, (d * u * slope).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + to, (d * value).to(grad_up.dtype.element_ty), mask=inside)

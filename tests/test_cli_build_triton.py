@@ -1,0 +1,124 @@
+"""`tilewise build --triton`: what it compiles, what it says of it, and what it refuses."""
+
+import importlib.util
+
+import pytest
+
+from tilewise import gpu, testing
+from tilewise.cli import build_triton, main
+from tilewise.dispatch import OPS
+
+compiles = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or gpu.INTERPRETED,
+    reason="needs Triton, and that it was not imported as an interpreter",
+)
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    """Only the first call of rms_norm: compiling takes a second."""
+    calls = [case for case in testing.all_compiled_calls() if case.op == "rms_norm"]
+    monkeypatch.setattr(testing, "all_compiled_calls", lambda: calls[:1])
+
+
+def test_every_operation_with_triton_kernels_is_compiled():
+    with_kernels = {name for name, op in OPS.items() if "triton" in op.backends}
+    assert {case.op for case in testing.all_compiled_calls()} == with_kernels
+
+
+def test_blank_inputs_are_zeros_of_the_right_kind():
+    inputs, blank = testing.Inputs(), testing.BlankInputs()
+    for make in (
+        lambda inputs: inputs.randn(2, 3, scale=3),
+        lambda inputs: inputs.rand(2, 3),
+        lambda inputs: inputs.randint(4, 9, 2, 3),
+    ):
+        assert not make(blank).any()
+        assert (make(blank).shape, make(blank).dtype) == (make(inputs).shape, make(inputs).dtype)
+
+
+@compiles
+@pytest.mark.parametrize(("target", "others"), [("sm_90", "gfx942"), ("gfx942", "sm_90")])
+def test_prints_what_every_kernel_needs(capsys, one_call, target, others):
+    assert main(["build", "--triton", target, "--op", "rms_norm", "-q"]) == 0
+    out = capsys.readouterr().out
+    assert f"{target}: 4 kernels" in out  # forward and backward, in two dtypes
+    assert others not in out
+    for word in ("norm", "norm_backward", "bfloat16", "float16"):
+        assert word in out.split()
+
+
+@compiles
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_reads_registers_and_spills(target):
+    (case, *_) = testing.all_compiled_calls()
+    for kernel in testing.compile_case(case, target, case.dtypes[0]):
+        used = build_triton.usage(kernel)
+        assert 8 <= used.registers <= 255
+        assert used.spills == 0
+        assert used.matrix == ()
+
+
+def test_reads_the_metadata_of_amd():
+    text = """
+    .agpr_count:     4
+    .private_segment_fixed_size: 24
+    .vgpr_count:     96
+    .vgpr_spill_count: 5
+"""
+    assert build_triton._amd_usage(text) == (96, 24)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    [
+        ({"spills": 65}, "norm for sm_90: spills 65 bytes per thread, allowed are 64"),
+        (
+            {"shared": (227 << 10) + 1},
+            "norm for sm_90: needs 232449 bytes of shared memory, the chip has 232448",
+        ),
+    ],
+)
+def test_fails_for_a_kernel_that_needs_too_much(capsys, monkeypatch, one_call, needs, expected):
+    used = {"registers": 32, "spills": 64, "shared": 227 << 10, "matrix": ("wgmma",)}
+    monkeypatch.setattr(build_triton, "usage", lambda kernel: build_triton.Usage(**used))
+    assert main(["build", "--triton", "sm_90", "-q"]) == 0
+    assert "too much" not in capsys.readouterr().out
+    monkeypatch.setattr(build_triton, "usage", lambda kernel: build_triton.Usage(**used | needs))
+    assert main(["build", "--triton", "sm_90", "-q"]) == 1
+    assert f"too much {expected}" in capsys.readouterr().out
+
+
+def test_says_in_what_kernels_of_a_name_differ():
+    import torch
+
+    def compiled(name, **constants):
+        return gpu.Compiled(name, "sm_90", constants, None)
+
+    kernels = [
+        compiled("a", x=torch.float16, bias=None, BLOCK=4, num_warps=2),
+        compiled("a", x=torch.float16, bias=torch.float32, BLOCK=8, num_warps=2),
+        compiled("b", x=torch.float16, BLOCK=16),
+    ]
+    said = [build_triton.distinguishing(kernel, kernels) for kernel in kernels]
+    assert said == ["float16 no bias BLOCK=4", "float16 float32 BLOCK=8", "float16"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "message"),
+    [
+        (importlib.util, "find_spec", lambda name: None, "the package triton is not installed"),
+        (gpu, "INTERPRETED", True, "TRITON_INTERPRET=1 is set, so that nothing is compiled"),
+    ],
+)
+def test_refuses_in_one_line(capsys, monkeypatch, module, name, value, message):
+    monkeypatch.setattr(module, name, value)
+    assert main(["build", "--triton"]) == 2
+    assert capsys.readouterr().err == f"tilewise build: --triton: {message}\n"
+
+
+def test_an_operation_without_triton_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(testing, "all_compiled_calls", list)
+    assert main(["build", "--triton", "--op", "rms_norm"]) == 2
+    assert "--triton: rms_norm has no Triton kernels" in capsys.readouterr().err
