@@ -68,7 +68,7 @@ _AMPERE = Config(
         Tile(64, 64, 128, 4, 3),
         Tile(128, 128, 128, 8, 2),
     ),
-    float32=Tile(32, 32, 128, 4, 2),
+    float32=Tile(32, 32, 128, 4, 1),
     programs=216,
 )
 _HOPPER = Config(
@@ -78,7 +78,7 @@ _HOPPER = Config(
         Tile(128, 64, 128, 8, 3),
         Tile(128, 128, 128, 8, 3),
     ),
-    float32=Tile(32, 32, 128, 4, 2),
+    float32=Tile(32, 32, 128, 4, 1),
     programs=264,
 )
 CONFIGS = {
@@ -106,30 +106,38 @@ def tile_for(x: torch.Tensor, rows: int) -> Tile:
     return next((tile for tile in chosen.tiles if tile.m >= rows), chosen.tiles[-1])
 
 
-def splits_of(k: int, block_k: int, tiles: int, programs: int) -> int:
-    """Into how many parts K is cut: each has at least four blocks."""
-    return max(1, min(programs // max(tiles, 1), k // (4 * block_k)))
+def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
+    """Into how many parts K is cut: of four blocks at least, and few where a part is large."""
+    return max(1, min(programs // max(tiles, 1), k // (4 * block_k), 512 // m))
 
 
 # --- weights --------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _codebook(device: torch.device) -> torch.Tensor:
-    return torch.tensor(NF4, device=device)
+def _codebook(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(NF4, device=device, dtype=dtype)
 
 
-def parts_of(weight: QuantizedTensor) -> tuple[Any, ...]:
-    """A weight as the kernels take it: data, scales, zeros, codebook, bytes and groups of a row."""
+def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """A weight as the kernels take it: data, scales, zeros, codebook; bytes and groups of a row.
+
+    Args:
+        dtype: what it is unpacked to. For a 16-bit one the codebook is in float16: that is as
+            precise, and Triton copies to shared memory in advance only what has 4 bytes, which for
+            a table that everyone reads would be a waste.
+    """
     weight = weight.to_rows()
     data = weight.data.contiguous().view(torch.uint8)
     scales, zeros = (
         None if part is None else part.contiguous() for part in (weight.scales, weight.zeros)
     )
-    return (
-        (data, scales, zeros, _codebook(data.device) if weight.format == "nf4" else None),
-        (data.shape[-1], 0 if scales is None else scales.shape[-1]),
-    )
+    codebook = None
+    if weight.format == "nf4":
+        wide = dtype == torch.float32
+        codebook = _codebook(data.device, torch.float32 if wide else torch.float16)
+    sizes = (data.shape[-1], 0 if scales is None else scales.shape[-1])
+    return (data, scales, zeros, codebook), sizes
 
 
 def format_of(weight: QuantizedTensor) -> dict[str, Any]:
@@ -320,10 +328,10 @@ def _split(
 
     (m, k), n = x.shape, weight.shape[0]
     tiles = -(-out.shape[-1] // tile.n) * -(-m // tile.m)
-    splits = splits_of(k, tile.k, tiles, config(x).programs)
+    splits = splits_of(m, k, tile.k, tiles, config(x).programs)
     per_split = -(-k // (splits * tile.k)) * tile.k
     splits = max(1, -(-k // per_split)) if k else 1
-    tensors, sizes = parts_of(weight)
+    tensors, sizes = parts_of(weight, torch.float32 if is_vector else x.dtype)
     sums = out if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     gpu.launch(
         kernels.vector if is_vector else kernels.matmul,
@@ -434,7 +442,7 @@ def _int8(
     # Its tile of codes is half the bytes of one in bfloat16, whatever x's dtype is.
     tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m)
     block_k = tile.k if group < 0 else group
-    tensors, sizes = parts_of(weight)
+    tensors, sizes = parts_of(weight, x.dtype)
     gpu.launch(
         kernels.matmul_int8,
         (-(-out.shape[-1] // tile.n) * -(-m // tile.m),),
@@ -489,7 +497,7 @@ def _quantized_matmul_backward(
     from tilewise.quant import triton_kernels as kernels
 
     tile = tile_for(rows, len(rows))
-    tensors, sizes = parts_of(weight)
+    tensors, sizes = parts_of(weight, rows.dtype)
     gpu.launch(
         kernels.matmul_backward,
         (-(-k // tile.k) * -(-len(rows) // tile.m),),
@@ -555,7 +563,7 @@ def _dequantize(weight: QuantizedTensor, indices: torch.Tensor | None, out: torc
     if n == 0 or k == 0:
         return
     block_n, block_k = (2, 256) if indices is not None else (16, 256)
-    tensors, sizes = parts_of(weight)
+    tensors, sizes = parts_of(weight, torch.float32)
     gpu.launch(
         kernels.dequantize,
         (-(-count // block_n), -(-k // block_k)),

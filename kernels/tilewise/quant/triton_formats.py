@@ -20,7 +20,8 @@ import triton.language as tl
 def _load(pointers, inside, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointers)
-    return tl.load(pointers, mask=inside, other=0)
+    else:
+        return tl.load(pointers, mask=inside, other=0)
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def _own_values(
         else:
             values = _float(codes, ZERO)
     elif FORMAT == "nf4":
-        values = tl.load(codebook + codes)
+        values = tl.load(codebook + codes).to(tl.float32)
     elif FORMAT == "fp8":
         values = _fp8_values(codes)
     else:
@@ -260,14 +261,7 @@ def block_codes(
 @triton.jit
 def block_zero(FORMAT: tl.constexpr):
     """The code of 0, above `minimum`."""
-    if FORMAT == "Q4_0":
-        return 8
-    elif FORMAT == "Q5_0":
-        return 16
-    elif FORMAT == "Q8_0":
-        return 128
-    else:
-        return 0
+    return 8 if FORMAT == "Q4_0" else 16 if FORMAT == "Q5_0" else 128 if FORMAT == "Q8_0" else 0
 
 
 @triton.jit
