@@ -216,6 +216,15 @@ def _backward_call(weight: MakeWeight) -> Callable[[Inputs], tuple[Any, ...]]:
     return call
 
 
+def _product_call(weight: MakeWeight, act: str | None) -> Callable[[Inputs], tuple[Any, ...]]:
+    def call(inputs: Inputs) -> tuple[Any, ...]:
+        w = weight(inputs, 16, 256)
+        x = inputs.randn(2, 3, 256, dtype=torch.float16)
+        return (x, w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros, act)
+
+    return call
+
+
 def _embedding_call(inputs: Inputs) -> tuple[Any, ...]:
     w = _INT4(inputs, 20, 64)
     parts = (w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros)
@@ -232,6 +241,8 @@ OPERATOR_CALLS = [
         ),
     ),
     ("quantized_embedding", _embedding_call),
+    ("quantized_product", _product_call(_INT4, None)),
+    ("quantized_product", _product_call(_gguf("Q4_K"), "int8")),
     ("quantized_matmul_backward", _backward_call(_INT4)),
     ("quantized_matmul_backward", _backward_call(_gguf("Q6_K"))),
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.quant import naive, native
+from tilewise.quant import naive, native, triton
 from tilewise.quant.formats import QuantizedTensor
 
 
@@ -44,7 +44,10 @@ def _cost_quantized_embedding(
 _QUANTIZED_EMBEDDING = Op(
     "quantized_embedding",
     naive.quantized_embedding,
-    impls=(Impl("cpu", native.quantized_embedding, native.why_not_embedding),),
+    impls=(
+        Impl("triton", triton.quantized_embedding, triton.why_not_embedding, gpu.why_not_auto),
+        Impl("cpu", native.quantized_embedding, native.why_not_embedding),
+    ),
     check=_check_quantized_embedding,
     cost=_cost_quantized_embedding,
 )

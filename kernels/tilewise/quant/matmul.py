@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.quant import baseline, naive, native
+from tilewise.quant import baseline, naive, native, triton
 from tilewise.quant.formats import QuantizedTensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "swiglu")
@@ -95,6 +95,7 @@ _QUANTIZED_MATMUL = Op(
     "quantized_matmul",
     naive.quantized_matmul,
     impls=(
+        Impl("triton", triton.quantized_matmul, triton.why_not, gpu.why_not_auto),
         Impl("cpu", native.quantized_matmul, native.why_not),
         Impl(
             "torch",

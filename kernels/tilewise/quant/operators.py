@@ -66,6 +66,34 @@ def _quantized_matmul_kernel(
     ).contiguous()
 
 
+def _fake_product(x: torch.Tensor, format: str, shape: list[int], *others: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]), dtype=torch.float32)
+
+
+QUANTIZED_PRODUCT = Contract(
+    "quantized_product",
+    "(Tensor x, str format, int[] shape, int group_size, Tensor data, Tensor? scales, "
+    "Tensor? zeros, str? act) -> Tensor",
+    _fake_product,
+)
+"""x W^T in float32, for x of any dtype: what follows is differentiated by PyTorch."""
+
+
+@QUANTIZED_PRODUCT.kernel("naive")
+def _quantized_product_kernel(
+    x: torch.Tensor,
+    format: str,
+    shape: list[int],
+    group_size: int,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    act: str | None,
+) -> torch.Tensor:
+    weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
+    return naive.quantized_matmul(x.float(), weight, act=act).contiguous()
+
+
 def _fake_backward(grad: torch.Tensor, format: str, shape: list[int], *parts: Any) -> torch.Tensor:
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
