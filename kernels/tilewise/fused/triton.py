@@ -302,16 +302,12 @@ def _sample(
     streams = [None if x is None else x.contiguous() for x in (sample_ids, positions)]
     for first in range(0, batch, rows_at_once):
         group = slice(first, first + rows_at_once)
-        _sample_rows(
+        rows_of_group: tuple[Any, ...] = (
             logits[group],
             *(x[group] for x in parameters),
-            None if previous_tokens is None else previous_tokens[group],
-            *(None if x is None else x[group] for x in streams),
-            workspace,
-            tokens[group],
-            seed,
-            first,
+            *(None if x is None else x[group] for x in (previous_tokens, *streams)),
         )
+        _sample_rows(*rows_of_group, workspace, tokens[group], seed, first)
     return tokens
 
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The quantized formats as Triton reads them: one function per format, chosen by its name.
 
 A tile of a weight is BLOCK_N rows by BLOCK_K columns. Every format's function loads the bytes of

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The Triton kernels of products with quantized weights. Imported by the first call of one.
 
 A product is computed transposed, W x^T, as (BLOCK_N, BLOCK_M): the weight, unpacked in registers,
