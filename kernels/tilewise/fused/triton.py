@@ -302,12 +302,13 @@ def _sample(
     streams = [None if x is None else x.contiguous() for x in (sample_ids, positions)]
     for first in range(0, batch, rows_at_once):
         group = slice(first, first + rows_at_once)
-        rows_of_group: tuple[Any, ...] = (
+        call: tuple[Any, ...] = (
             logits[group],
             *(x[group] for x in parameters),
             *(None if x is None else x[group] for x in (previous_tokens, *streams)),
+            *(workspace, tokens[group], seed, first),
         )
-        _sample_rows(*rows_of_group, workspace, tokens[group], seed, first)
+        _sample_rows(*call)
     return tokens
 
 
