@@ -377,6 +377,41 @@ _MERGE = [
 CASES = [*_DENSE, *_RAGGED, *_MERGE]
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+
+def _compiled(id: str, make: Make, *dtypes: torch.dtype, grad: bool = True, **options: Any) -> Case:
+    return Case("flash_attention", id, make, dtypes=dtypes, grad=_QKV if grad else (), **options)
+
+
+_LLAMA: dict[str, Any] = {"batch": 1, "heads": 32, "kv_heads": 8, "dim": 128, "causal": True}
+COMPILED = [
+    _compiled("SmolLM2", _dense(512, heads=9, kv_heads=3, dim=64, causal=True), torch.bfloat16),
+    _compiled("Llama-3-8B", _dense(512, **_LLAMA), torch.bfloat16),
+    _compiled("Llama-3-8B, float32", _dense(512, **_LLAMA), torch.float32),
+    _compiled(
+        "everything",
+        _dense(512, **_LLAMA, softcap=30.0, alibi=(32,), sinks=True, bias=(512, 512)),
+        torch.bfloat16,
+        grad=False,
+    ),
+    _compiled("heads of 256", _dense(512, batch=1, heads=8, dim=256, causal=True), torch.bfloat16),
+    _compiled(
+        "DeepSeek",
+        _dense(512, batch=1, heads=16, kv_heads=1, dim=576, v_dim=512, causal=True),
+        torch.bfloat16,
+        grad=False,
+    ),
+    Case(
+        "flash_attention_varlen",
+        "Llama-3-8B",
+        _ragged((200, 300), heads=32, kv_heads=8, dim=128, causal=True),
+        dtypes=(torch.float16,),
+    ),
+]
+"""Every kernel in the configurations that ship; see `tilewise build --triton`."""
+
+
 # --- the operators --------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from tilewise.testing import Case
 
-SPILL_LIMIT = 64
+SPILL_LIMIT = 128
 """Bytes per thread that a kernel may spill unless an option says otherwise."""
 
 _MATRIX_INSTRUCTIONS = (
