@@ -30,8 +30,8 @@ def test_info_knows_every_operation_and_backend(facts):
     for backends in facts["operations"].values():
         assert tuple(backends) == BACKENDS
         assert backends["naive"]["runs"] == backends["naive"]["calls"] > 0
-    assert facts["operations"]["rms_norm"]["triton"]["reasons"] == [
-        "rms_norm has no triton implementation"
+    assert facts["operations"]["rms_norm"]["cuda"]["reasons"] == [
+        "rms_norm has no cuda implementation"
     ]
 
 
@@ -212,7 +212,7 @@ def test_ctrl_c_ends_generate(tiny, capsys, monkeypatch):
         (["-n", "90000"], "max_new_tokens: the model has"),
         (["-n", "0"], "max_new_tokens: must be >= 1, got 0"),
         (["--temperature", "-1"], "temperature"),
-        (["--backend", "triton"], "has no triton implementation"),
+        (["--backend", "cuda"], "has no cuda implementation"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(tiny, capsys, options, message):

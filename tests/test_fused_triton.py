@@ -138,6 +138,17 @@ def test_the_noise_is_not_contracted(target):
         assert "div.full.f32" not in code[kernel]
 
 
+@compiles
+def test_a_growing_history_and_other_seeds_need_no_other_kernel():
+    with gpu.compiling_for("sm_80") as kernels:
+        for count, seed in ((1, 0), (7, 1), (16, 16), (33, 2**40), (32, -5)):
+            previous = torch.zeros(3, count, dtype=torch.int64)
+            logits = torch.zeros(3, 5000)
+            tilewise.sample(logits, seed=seed, previous_tokens=previous, backend="triton")
+    assert len(kernels) == 15
+    assert len({id(kernel.triton) for kernel in kernels}) == 3
+
+
 def test_noise_is_that_of_the_definition(on):
     """Of equal logits the noise alone chooses, so that a row of zeros tells the largest."""
     rows = 64

@@ -298,17 +298,16 @@ def _sample(
     if previous_tokens is not None and previous_tokens.stride(1) != 1:
         previous_tokens = previous_tokens.contiguous()
     workspace = _sampling_workspace(logits, min(rows_at_once, batch))
-    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, repetition_penalty)]
-    streams = [None if x is None else x.contiguous() for x in (sample_ids, positions)]
+    parameters = (temperature, top_k, top_p, min_p, repetition_penalty)
+    per_row = [None if x is None else x.contiguous() for x in (*parameters, sample_ids, positions)]
     for first in range(0, batch, rows_at_once):
         group = slice(first, first + rows_at_once)
         _sample_rows(
-            logits[group],
-            *(x[group] for x in parameters),
-            None if previous_tokens is None else previous_tokens[group],
-            *(None if x is None else x[group] for x in streams),
-            workspace,
             tokens[group],
+            logits[group],
+            None if previous_tokens is None else previous_tokens[group],
+            [None if x is None else x[group] for x in per_row],
+            workspace,
             seed,
             first,
         )
@@ -331,24 +330,20 @@ def _sampling_workspace(logits: torch.Tensor, count: int) -> dict[str, torch.Ten
 
 
 def _sample_rows(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    penalty: torch.Tensor,
-    previous: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    workspace: dict[str, torch.Tensor],
     tokens: torch.Tensor,
+    logits: torch.Tensor,
+    previous: torch.Tensor | None,
+    per_row: list[torch.Tensor | None],
+    workspace: dict[str, torch.Tensor],
     seed: int,
     first_row: int,
 ) -> None:
+    """The tokens of some rows, which are numbered from `first_row`."""
     from tilewise.fused import triton_sampling_kernels as kernels
 
     count, vocabulary = logits.shape
     tiles = -(-vocabulary // _SAMPLING_TILE)
+    temperature, top_k, top_p, min_p, penalty, sample_ids, positions = per_row
     largest, *drawn = workspace.values()
     history = (0, 0) if previous is None else (previous.shape[1], previous.stride(0))
     sizes = (vocabulary, logits.stride(0), *history)
