@@ -8,7 +8,7 @@ import torch
 
 import tilewise
 from tilewise import dispatch, gpu, testing
-from tilewise.fused import philox
+from tilewise.fused import philox, triton_sampling
 from tilewise.fused.tables import rotary_tables
 from tilewise.testing import Inputs
 
@@ -119,9 +119,7 @@ def test_streams_of_64_bits(on, seed):
 
 def test_groups_of_rows(on, monkeypatch):
     """A row's number, which is its stream, does not begin anew with the next group."""
-    from tilewise.fused import triton
-
-    monkeypatch.setattr(triton, "_LOGITS_AT_ONCE", 200)
+    monkeypatch.setattr(triton_sampling, "_LOGITS_AT_ONCE", 200)
     logits = Inputs(device=on).randn(7, 100)
     _assert_same_tokens(logits, top_p=0.9, previous_tokens=torch.ones(7, 1, device=on).long())
 
