@@ -22,6 +22,7 @@ from tilewise.fused.tables import RotaryTables
 # --- norms ----------------------------------------------------------------------------------------
 
 _LARGEST_ROW = 65536  # elements that a program holds at once
+_ELEMENTS_PER_PROGRAM = 1024  # of short rows
 
 
 def why_not_norm(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
@@ -32,9 +33,14 @@ def why_not_norm(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
 
 
 def _block(dim: int) -> dict[str, int]:
-    """A power of two that holds a row, and warps that have 8 to 16 elements of it per thread."""
-    block = max(1 << (dim - 1).bit_length(), 16)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    """Rows that a program holds at once, and warps that have 8 to 16 elements of them per thread.
+
+    Of rows as short as a head several, or else most threads would wait. How many depends on the
+    length alone, and so do the bits of the result.
+    """
+    block = max(power_of_2(dim), 16)
+    group = min(max(_ELEMENTS_PER_PROGRAM // block, 1), _ROWS_PER_PROGRAM)
+    return {"GROUP": group, "BLOCK": block, "num_warps": min(max(group * block // 512, 1), 16)}
 
 
 @RMS_NORM.kernel("triton")
@@ -72,21 +78,23 @@ def _norm(
     if out.numel() == 0:
         return out, total
     x_rows, residual_rows = rows(x), rows_or_none(residual)
+    count, block = out.numel() // dim, _block(dim)
     gpu.launch(
         kernels.norm,
-        (out.numel() // dim,),
+        (-(-count // block["GROUP"]),),
         x_rows,
         residual_rows,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         out,
         total,
+        count,
         dim,
         _row_stride(x_rows),
         0 if residual_rows is None else _row_stride(residual_rows),
         eps,
         CENTERED=centered,
-        **_block(dim),
+        **block,
     )
     return out, total
 
