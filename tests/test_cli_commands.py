@@ -30,8 +30,8 @@ def test_info_knows_every_operation_and_backend(facts):
     for backends in facts["operations"].values():
         assert tuple(backends) == BACKENDS
         assert backends["naive"]["runs"] == backends["naive"]["calls"] > 0
-    assert facts["operations"]["rms_norm"]["triton"]["reasons"] == [
-        "needs tensors on a GPU, got cpu"
+    assert facts["operations"]["rms_norm"]["cuda"]["reasons"] == [
+        "rms_norm has no cuda implementation"
     ]
 
 

@@ -233,6 +233,7 @@ COMPILED = [
     _compiled("sample", "Llama-3-8B", _sample(64, 128256)),
     _compiled("sample", "Llama-3-8B, history", _sample_with_history(64, 128256, 1000)),
     _compiled("sample", "GPT-2", _sample(1, 50257)),
+    Case("sample", "float32", _sample(64, 49152), dtypes=(torch.float32,)),
 ]
 """Every kernel in the configurations that ship; see `tilewise build --triton`."""
 

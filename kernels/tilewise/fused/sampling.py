@@ -9,7 +9,7 @@ import torch
 
 from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.fused import autograd, baseline, naive, native, triton
+from tilewise.fused import autograd, baseline, naive, native, triton_sampling
 
 _FLOPS_PER_LOGIT = 50  # two logarithms of seven terms, three divisions, and the rest
 
@@ -162,7 +162,12 @@ _SAMPLE = Op(
     "sample",
     naive.sample,
     impls=(
-        Impl("triton", partial(autograd.sample, "triton"), triton.why_not_sample, gpu.why_not_auto),
+        Impl(
+            "triton",
+            partial(autograd.sample, "triton"),
+            triton_sampling.why_not_sample,
+            gpu.why_not_auto,
+        ),
         Impl("cpu", partial(autograd.sample, "cpu"), native.why_not_sample),
         Impl("torch", baseline.sample, _why_not_torch, _why_not_auto),
     ),

@@ -1,4 +1,4 @@
-"""The Triton backend of the fused operations: rows laid out, kernels launched."""
+"""The Triton backend of the fused operations: results allocated, rows laid out, kernels started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tilewise.fused.operators import (
     RMS_NORM,
     RMS_NORM_BACKWARD,
     ROTARY_EMBEDDING,
-    SAMPLE,
 )
 from tilewise.fused.rows import empty_like, rows, rows_or_none
 from tilewise.fused.tables import RotaryTables
@@ -23,6 +22,7 @@ from tilewise.fused.tables import RotaryTables
 # --- norms ----------------------------------------------------------------------------------------
 
 _LARGEST_ROW = 65536  # elements that a program holds at once
+_ELEMENTS_PER_PROGRAM = 1024  # of short rows
 
 
 def why_not_norm(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
@@ -33,9 +33,14 @@ def why_not_norm(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
 
 
 def _block(dim: int) -> dict[str, int]:
-    """A power of two that holds a row, and warps that have 8 to 16 elements of it per thread."""
-    block = max(1 << (dim - 1).bit_length(), 16)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    """Rows that a program holds at once, and warps that have 8 to 16 elements of them per thread.
+
+    Of rows as short as a head several, or else most threads would wait. How many depends on the
+    length alone, and so do the bits of the result.
+    """
+    block = max(power_of_2(dim), 16)
+    group = min(max(_ELEMENTS_PER_PROGRAM // block, 1), _ROWS_PER_PROGRAM)
+    return {"GROUP": group, "BLOCK": block, "num_warps": min(max(group * block // 512, 1), 16)}
 
 
 @RMS_NORM.kernel("triton")
@@ -73,21 +78,23 @@ def _norm(
     if out.numel() == 0:
         return out, total
     x_rows, residual_rows = rows(x), rows_or_none(residual)
+    count, block = out.numel() // dim, _block(dim)
     gpu.launch(
         kernels.norm,
-        (out.numel() // dim,),
+        (-(-count // block["GROUP"]),),
         x_rows,
         residual_rows,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         out,
         total,
+        count,
         dim,
         _row_stride(x_rows),
         0 if residual_rows is None else _row_stride(residual_rows),
         eps,
         CENTERED=centered,
-        **_block(dim),
+        **block,
     )
     return out, total
 
@@ -191,8 +198,8 @@ def _rotary_embedding(
         tokens = tokens.contiguous()
     count, heads, dim = tokens.shape
     pairs = cos.shape[1]
-    pairs_block = _power_of_2(pairs)
-    heads_block = min(_power_of_2(heads), max(_PAIRS_PER_PROGRAM // pairs_block, 1))
+    pairs_block = power_of_2(pairs)
+    heads_block = min(power_of_2(heads), max(_PAIRS_PER_PROGRAM // pairs_block, 1))
     gpu.launch(
         kernels.rotary,
         (count, -(-heads // heads_block)),
@@ -211,7 +218,7 @@ def _rotary_embedding(
         INVERSE=inverse,
         HEADS=heads_block,
         PAIRS=pairs_block,
-        REST=_power_of_2(dim - 2 * pairs) if dim > 2 * pairs else 0,
+        REST=power_of_2(dim - 2 * pairs) if dim > 2 * pairs else 0,
         num_warps=min(max(heads_block * pairs_block // 256, 1), 8),
     )
     return out
@@ -263,146 +270,10 @@ def _launch_gated(
     gpu.launch(kernel, grid, *inputs, *outputs, dim, *strides, blocks, KIND=kind, **_GATED_BLOCK)
 
 
-# --- sampling -------------------------------------------------------------------------------------
-
-_SAMPLING_TILE = 2048  # tokens
-_SAMPLING_ROW_TILE = 4096  # where one program has a whole row
-_LOGITS_AT_ONCE = 1 << 22  # rows are taken in groups, for which 64 MiB of workspace are enough
-
-
-def why_not_sample(logits: torch.Tensor, **options: Any) -> str | None:
-    """Why the Triton kernels cannot take the call."""
-    if logits.shape[1] >= 2**31 - _SAMPLING_ROW_TILE:
-        return f"counts tokens in 32 bits, got a vocabulary of {logits.shape[1]}"
-    return gpu.why_not(logits, dot=False)
-
-
-@SAMPLE.kernel("triton")
-def _sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    repetition_penalty: torch.Tensor,
-    previous_tokens: torch.Tensor | None,
-    seed: int,
-    sample_ids: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> torch.Tensor:
-    batch, vocabulary = logits.shape
-    tokens = logits.new_empty(batch, dtype=torch.int64)
-    rows_at_once = max(_LOGITS_AT_ONCE // vocabulary, 1)
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    if previous_tokens is not None and previous_tokens.stride(1) != 1:
-        previous_tokens = previous_tokens.contiguous()
-    workspace = _sampling_workspace(logits, min(rows_at_once, batch))
-    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, repetition_penalty)]
-    streams = [None if x is None else x.contiguous() for x in (sample_ids, positions)]
-    for first in range(0, batch, rows_at_once):
-        group = slice(first, first + rows_at_once)
-        call: tuple[Any, ...] = (
-            logits[group],
-            *(x[group] for x in parameters),
-            *(None if x is None else x[group] for x in (previous_tokens, *streams)),
-            *(workspace, tokens[group], seed, first),
-        )
-        _sample_rows(*call)
-    return tokens
-
-
-def _sampling_workspace(logits: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
-    """What the kernels of sampling hand on to each other, for `count` rows."""
-    tiles = -(-logits.shape[1] // _SAMPLING_TILE)
-    single, double = torch.float32, torch.float64
-    return {
-        "largest": logits.new_empty(count, tiles, dtype=single),
-        "scores": logits.new_empty(count, logits.shape[1], dtype=single),
-        "sums": logits.new_empty(count, logits.shape[1], dtype=single),
-        "odds": logits.new_empty(count, logits.shape[1], dtype=double),
-        "winners": logits.new_empty(count, tiles, dtype=torch.int32),
-        "winning_sums": logits.new_empty(count, tiles, dtype=single),
-        "totals": logits.new_empty(count, tiles, dtype=double),
-    }
-
-
-def _sample_rows(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    penalty: torch.Tensor,
-    previous: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    workspace: dict[str, torch.Tensor],
-    tokens: torch.Tensor,
-    seed: int,
-    first_row: int,
-) -> None:
-    from tilewise.fused import triton_sampling_kernels as kernels
-
-    count, vocabulary = logits.shape
-    tiles = -(-vocabulary // _SAMPLING_TILE)
-    largest, *drawn = workspace.values()
-    history = (0, 0) if previous is None else (previous.shape[1], previous.stride(0))
-    sizes = (vocabulary, logits.stride(0), *history)
-    tile = {"TILE": _SAMPLING_TILE, "PREVIOUS": 256, "num_warps": 4}
-    # The noise is defined to the last bit, and its products are rounded before they are added.
-    gpu.launch(
-        kernels.maxima,
-        (count * tiles,),
-        logits,
-        temperature,
-        penalty,
-        previous,
-        largest,
-        *sizes,
-        tiles,
-        enable_fp_fusion=False,
-        **tile,
-    )
-    parameters = (temperature, top_k, top_p, min_p)
-    gpu.launch(
-        kernels.draw,
-        (count * tiles,),
-        logits,
-        *parameters,
-        penalty,
-        previous,
-        sample_ids,
-        positions,
-        largest,
-        *drawn,
-        *sizes,
-        seed,
-        first_row,
-        tiles,
-        TILES=_power_of_2(tiles),
-        enable_fp_fusion=False,
-        **tile,
-    )
-    gpu.launch(
-        kernels.choose,
-        (count,),
-        *drawn,
-        largest,
-        *parameters,
-        tokens,
-        vocabulary,
-        tiles,
-        TILE=_SAMPLING_ROW_TILE,
-        TILES=_power_of_2(tiles),
-        num_warps=16,
-    )
-
-
 # --- what they share ------------------------------------------------------------------------------
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The least that is not below n."""
     return 1 << (n - 1).bit_length()
 

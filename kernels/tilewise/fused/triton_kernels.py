@@ -14,17 +14,19 @@ def norm(
     bias,
     out,
     total,
+    rows,
     dim,
     x_stride,
     residual_stride,
     eps,
     CENTERED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: RMSNorm, or LayerNorm if CENTERED, of x + residual."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < dim
+    """GROUP rows at once: RMSNorm, or LayerNorm if CENTERED, of x + residual."""
+    row = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    inside = (at < dim) & (row < rows)
     h = tl.load(x + row * x_stride + at, mask=inside, other=0.0)
     if residual is not None:
         r = tl.load(residual + row * residual_stride + at, mask=inside, other=0.0)
@@ -32,11 +34,11 @@ def norm(
         tl.store(total + row * dim + at, h, mask=inside)
     h = h.to(tl.float32)
     if CENTERED:
-        h = tl.where(inside, h - tl.sum(h, 0) / dim, 0.0)
-    y = h * tl.rsqrt(tl.sum(h * h, 0) / dim + eps)
-    y *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) / dim, 0.0)
+    y = h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / dim + eps)
+    y *= tl.load(weight + at, mask=at < dim, other=0.0).to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(bias + at, mask=at < dim, other=0.0).to(tl.float32)
     tl.store(out + row * dim + at, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -57,39 +59,40 @@ def norm_backward(
     eps,
     ROWS: tl.constexpr,
     CENTERED: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows, one after the other, and their part of the parameters' gradients."""
+    """ROWS rows, GROUP after GROUP, and their part of the parameters' gradients."""
     program = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < dim
-    w = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    of_weight = tl.zeros([BLOCK], tl.float32)
-    of_bias = tl.zeros([BLOCK], tl.float32)
-    for i in range(ROWS):
-        row = program * ROWS + i
-        here = at < tl.where(row < rows, dim, 0)
+    at = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + at, mask=at < dim, other=0.0).to(tl.float32)
+    of_weight = tl.zeros([GROUP, BLOCK], tl.float32)
+    of_bias = tl.zeros([GROUP, BLOCK], tl.float32)
+    for i in range(0, ROWS, GROUP):
+        row = program * ROWS + i + tl.arange(0, GROUP)[:, None]
+        here = (at < dim) & (row < rows)
         h = tl.load(x + row * x_stride + at, mask=here, other=0.0).to(tl.float32)
         g = tl.load(grad_out + row * grad_out_stride + at, mask=here, other=0.0).to(tl.float32)
         if CENTERED:
-            h = tl.where(here, h - tl.sum(h, 0) / dim, 0.0)
+            h = tl.where(here, h - tl.sum(h, 1, keep_dims=True) / dim, 0.0)
             of_bias += g
-        scale = tl.rsqrt(tl.sum(h * h, 0) / dim + eps)
+        scale = tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) / dim + eps)
         normed = h * scale
         of_weight += g * normed
         g *= w
-        d = g - normed * (tl.sum(g * normed, 0) / dim)
+        d = g - normed * (tl.sum(g * normed, 1, keep_dims=True) / dim)
         if CENTERED:
-            d -= tl.sum(g, 0) / dim
+            d -= tl.sum(g, 1, keep_dims=True) / dim
         d *= scale
         if grad_total is not None:
             d += tl.load(grad_total + row * grad_total_stride + at, mask=here, other=0.0).to(
                 tl.float32
             )
         tl.store(grad_x + row * dim + at, d.to(grad_x.dtype.element_ty), mask=here)
-    tl.store(grad_weights + program * dim + at, of_weight, mask=inside)
+    column = tl.arange(0, BLOCK)
+    tl.store(grad_weights + program * dim + column, tl.sum(of_weight, 0), mask=column < dim)
     if CENTERED:
-        tl.store(grad_biases + program * dim + at, of_bias, mask=inside)
+        tl.store(grad_biases + program * dim + column, tl.sum(of_bias, 0), mask=column < dim)
 
 
 @triton.jit

@@ -102,7 +102,8 @@ def _scaled(
     return tl.where(h == h, tl.minimum(h, 3.4028234663852886e38), -float("inf"))
 
 
-@triton.jit(do_not_specialize=["previous_count"])
+# A history grows from call to call, and seeds vary: no new kernel for each kind of number.
+@triton.jit(do_not_specialize=["previous_count", "previous_stride"])
 def maxima(
     logits,
     temperature,
@@ -153,7 +154,7 @@ def _is_filtered(temperature, top_k, top_p, vocabulary):
     return (temperature > 0) & (((top_k > 0) & (top_k < vocabulary)) | (top_p < 1))
 
 
-@triton.jit(do_not_specialize=["previous_count", "seed", "first_row"])
+@triton.jit(do_not_specialize=["previous_count", "previous_stride", "seed", "first_row"])
 def draw(
     logits,
     temperature,
