@@ -9,13 +9,15 @@ of page numbers and a length per request.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from tilewise import gpu
 from tilewise.dispatch import Impl, Op
 from tilewise.fused.tables import RotaryTables
-from tilewise.paged import baseline, naive, native
+from tilewise.paged import autograd, baseline, naive, native, triton
 from tilewise.paged.allocator import OutOfPages, PageAllocator
 from tilewise.paged.cache import LayerCache, PagedKVCache
 from tilewise.paged.checks import check_append_kv, check_paged_attention
@@ -37,7 +39,13 @@ _PAGED_ATTENTION = Op(
     "paged_attention",
     naive.paged_attention,
     impls=(
-        Impl("cpu", native.paged_attention, native.why_not_paged_attention),
+        Impl(
+            "triton",
+            partial(autograd.paged_attention, "triton"),
+            triton.why_not_paged_attention,
+            gpu.why_not_auto,
+        ),
+        Impl("cpu", partial(autograd.paged_attention, "cpu"), native.why_not_paged_attention),
         Impl("torch", baseline.paged_attention, baseline.why_not, baseline.why_not_auto),
     ),
     check=check_paged_attention,
@@ -47,7 +55,15 @@ _PAGED_ATTENTION = Op(
 _APPEND_KV = Op(
     "append_kv",
     naive.append_kv,
-    impls=(Impl("cpu", native.append_kv, native.why_not_append_kv),),
+    impls=(
+        Impl(
+            "triton",
+            partial(autograd.append_kv, "triton"),
+            triton.why_not_append_kv,
+            gpu.why_not_auto,
+        ),
+        Impl("cpu", partial(autograd.append_kv, "cpu"), native.why_not_append_kv),
+    ),
     check=check_append_kv,
     cost=cost_append_kv,
 )

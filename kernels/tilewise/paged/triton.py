@@ -1,0 +1,443 @@
+"""The Triton backend of the paged cache: what a launch needs to know, all of it from shapes alone.
+
+Nothing here reads a tensor's values, so a call can be captured in a CUDA graph and replayed after
+lengths, tables and slots have changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewise import gpu
+from tilewise.fused.tables import RotaryTables
+from tilewise.library import needs_grad
+from tilewise.paged import kv_formats
+from tilewise.paged.autograd import why_not_gradient
+from tilewise.paged.native import why_not_cache
+from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION
+
+
+def why_not_paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *others: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **options: Any,
+) -> str | None:
+    """Why the Triton kernels cannot take the call."""
+    return (
+        gpu.why_not(q)
+        or why_not_gradient(q, k_cache, v_cache, sinks, bias)
+        or why_not_cache(k_cache, k_scale, v_scale)
+    )
+
+
+def why_not_append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    *others: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    **options: Any,
+) -> str | None:
+    """Why the Triton kernel cannot take the call."""
+    if needs_grad(k, v, k_cache):
+        return "has no gradient"
+    return gpu.why_not(k, dot=False) or why_not_cache(k_cache, k_scale, v_scale)
+
+
+# --- the cache, as the kernels take it ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How codes become values: a key's by a factor of its score, a value's by one of its weight."""
+
+    name: str
+    score: float = 1.0  # of scores
+    weight: float = 1.0  # of weights, so that weight x scale is as large as the values are
+    out: float = 1.0  # of sums, which undoes it
+
+
+_FORMATS = {
+    torch.int8: _Format("int8", 1.0, 128.0, 1 / 128),
+    torch.float8_e4m3fn: _Format("fp8", 256.0, 512.0, 256 / 512),  # codes come divided by 256
+    torch.uint8: _Format("int4", 1.0, 8.0, 1 / 8),
+}
+_FLOAT = _Format("float")
+
+
+def _stored(cache: torch.Tensor) -> torch.Tensor:
+    """float8 as bytes: not every chip has the type."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def _parts(cache: torch.Tensor) -> tuple[int, int, int, int]:
+    """A row as two runs of elements: sizes and the blocks that hold them, 0 for no second one.
+
+    Blocks are powers of two of at least 16; two of different sizes fit 96, 192 or 576 elements
+    better than one. The codes of int4 come in two halves anyway.
+    """
+    dim = kv_formats.elements(cache)
+    if cache.dtype == torch.uint8:
+        return dim // 2, _block(dim // 2), dim // 2, _block(dim // 2)
+    whole = _block(dim)
+    rest = dim - whole // 2
+    if whole == 16 or 2 * _block(rest) >= whole:
+        return dim, whole, 0, 0
+    return whole // 2, whole // 2, rest, _block(rest)
+
+
+def _block(n: int) -> int:
+    return max(1 << (n - 1).bit_length(), 16)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+_MIN_SPLIT = 512
+_MAX_SPLITS = 32
+_SMALL_ROWS = 64
+"""A ragged request of at most so many rows, or of one token, has its keys split."""
+
+_MAX_WORKSPACE = 1 << 26
+"""Floats of partial results, 256 MB. A batch that needs more is large enough to fill a GPU with
+fewer splits, unless its bits may not depend on it."""
+
+_SHARED_MEMORY = {"sm_80": 160, "sm_90": 220, "sm_100": 220, "gfx942": 64}
+"""KB that a program may use."""
+
+
+@dataclass(frozen=True)
+class _Config:
+    """How a launch is cut: rows and keys of a tile, and what Triton needs to know."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+def _config(
+    architecture: str, m: int, row: int, stored_row: int, q_row: int, *, is_small: bool
+) -> _Config:
+    """The most keys per tile, and the most tiles in flight, that shared memory has room for.
+
+    Args:
+        architecture: one of `gpu.TARGETS`.
+        m: rows of a block.
+        row: bytes of one key and its value as multiplied.
+        stored_row: bytes of the same as they lie in the cache.
+        q_row: bytes of one query.
+        is_small: whether the launch is bound by memory.
+    """
+    available = _SHARED_MEMORY[architecture] * 1024
+    if m >= 64:
+        available -= m * q_row
+    elif is_small:
+        available //= 2  # two programs at a time
+    converted = row if stored_row != row else 0  # needs room of its own
+    stages = (1,) if architecture == "gfx942" else (3, 2) if is_small else (2,)
+    for n in (64, 32, 16):
+        for num_stages in stages:
+            if n * (num_stages * stored_row + converted) <= available:
+                break
+        else:
+            continue
+        break
+    else:
+        n, num_stages = 16, 1
+    accumulators = m * row  # rises with the registers that the sums and the scores need
+    warps = 8 if m >= 128 or accumulators > 64 * 1024 else 4
+    return _Config(m, n, warps, num_stages)
+
+
+@PAGED_ATTENTION.kernel("triton")
+def _paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    batch_invariant: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import triton.language as tl
+
+    from tilewise.paged import triton_kernels as kernels
+
+    tokens, heads, _ = q.shape
+    num_pages, page_size, kv_heads = k_cache.shape[:3]
+    batch, max_pages = block_table.shape
+    group, capacity = heads // kv_heads, max_pages * page_size
+    v_dim = kv_formats.elements(v_cache)
+    out = q.new_empty(tokens, heads, v_dim)
+    lse = q.new_empty(tokens, heads, dtype=torch.float32)
+    if tokens == 0:
+        return out, lse
+    is_ragged = cu_seqlens_q is not None
+    # A limit that no two tokens are further apart than is none.
+    right = 0 if causal else window_right
+    left, right = (-1 if x >= capacity + tokens else x for x in (window_left, right))
+
+    format = _FORMATS.get(k_cache.dtype, _FLOAT)
+    if format is not _FLOAT or k_cache.dtype == q.dtype:
+        dtype = q.dtype
+    else:  # neither dtype holds the other's numbers
+        dtype = torch.float32
+    precision = "ieee"
+    if dtype != q.dtype and k_cache.dtype != torch.float32:
+        precision = "tf32"  # which holds those of both
+    k_parts, v_parts = _parts(k_cache), _parts(v_cache)
+    score_scale = scale * format.score
+    if softcap > 0:
+        score_scale /= softcap
+    elif alibi_slopes is None and (bias is None or bias.dtype == torch.bool):
+        score_scale *= _LOG2E
+
+    if bias is not None:
+        bias = bias.expand(heads, tokens, capacity)
+    ks_strides = (0, 0, 0) if k_scale is None else k_scale.stride()
+    vs_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
+    tensors = (
+        block_table,
+        cache_seqlens.contiguous(),
+        None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        k_scale,
+        v_scale,
+        None if alibi_slopes is None else alibi_slopes.contiguous(),
+        None if sinks is None else sinks.contiguous(),
+        bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias,
+    )
+    numbers = (
+        batch,
+        tokens,
+        capacity,
+        num_pages,
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *ks_strides,
+        *vs_strides,
+        block_table.stride(0),
+        heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
+        *((0, 0, 0) if bias is None else bias.stride()),
+        left,
+        right,
+        score_scale,
+        softcap,
+    )
+    shape = {
+        "GROUP": group,
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "OUT_SCALE": format.out,
+        "IS_RAGGED": is_ragged,
+        "SMALL_ROWS": _SMALL_ROWS,
+        "MIN_SPLIT": _MIN_SPLIT,
+    }
+    constants = {
+        "PAGE_SIZE": page_size,
+        **dict(zip(("DIM_1", "BLOCK_1", "DIM_2", "BLOCK_2"), k_parts, strict=True)),
+        **dict(zip(("V_DIM_1", "V_BLOCK_1", "V_DIM_2", "V_BLOCK_2"), v_parts, strict=True)),
+        "FORMAT": format.name,
+        "DTYPE": getattr(tl, str(dtype).removeprefix("torch.")),
+        "PRECISION": precision,
+        "CODE_SCALE": format.weight,
+        "HAS_SOFTCAP": softcap > 0,
+        "HAS_ALIBI": alibi_slopes is not None,
+        "BIAS": "none" if bias is None else "mask" if bias.dtype == torch.bool else "float",
+    }
+    columns = k_parts[1] + k_parts[3] + v_parts[1] + v_parts[3]
+    architecture = gpu.architecture(q)
+
+    def configure(m: int, *, is_small: bool) -> _Config:
+        stored = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
+        q_row = (k_parts[1] + k_parts[3]) * dtype.itemsize
+        row = columns * dtype.itemsize
+        return _config(architecture, m, row, stored, q_row, is_small=is_small)
+
+    # Requests of few rows.
+    small_rows = max(_SMALL_ROWS, group) if is_ragged else group
+    config = configure(min(_block(small_rows), 64), is_small=True)
+    visible = capacity
+    if left >= 0 and right >= 0:
+        visible = min(capacity, left + right + config.m + config.n)
+    max_splits, splits = _MAX_SPLITS, min(_MAX_SPLITS, -(-visible // _MIN_SPLIT))
+    rows = batch * small_rows * kv_heads
+    while splits > 1 and rows * splits * v_dim > _MAX_WORKSPACE and not batch_invariant:
+        splits = max_splits = splits // 2
+    is_split = splits > 1
+    partial_out = lse.new_empty(rows, splits, v_dim) if is_split else None
+    partial_max, partial_sum = lse.new_empty(2, rows, splits) if is_split else (None, None)
+    gpu.launch(
+        kernels.paged_attention,
+        (batch * -(-small_rows // config.m), kv_heads, max(splits, 1)),
+        q,
+        _stored(k_cache),
+        _stored(v_cache),
+        out,
+        lse,
+        partial_out,
+        partial_max,
+        partial_sum,
+        *tensors,
+        *numbers,
+        **shape,
+        **constants,
+        IS_SMALL=True,
+        REQUEST_ROWS=small_rows,
+        SPLITS=max(splits, 1),
+        MAX_SPLITS=max_splits,
+        M=config.m,
+        N=config.n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if is_split:
+        gpu.launch(
+            kernels.merge_splits,
+            (batch * small_rows, kv_heads),
+            out,
+            lse,
+            partial_out,
+            partial_max,
+            partial_sum,
+            *tensors[1:3],
+            tensors[6],
+            batch,
+            tokens,
+            capacity,
+            left,
+            right,
+            **shape,
+            REQUEST_ROWS=small_rows,
+            SPLITS=splits,
+            MAX_SPLITS=max_splits,
+            SPLIT_BLOCK=_MAX_SPLITS,
+            M=config.m,
+            N=config.n,
+            V_DIM=v_dim,
+            V_BLOCK=_block(v_dim),
+            num_warps=4 if v_dim <= 256 else 8,
+        )
+    if is_ragged:
+        # All others, and the padding, which is as if it were one more request.
+        config = configure(64 if columns > 512 else 128, is_small=False)
+        gpu.launch(
+            kernels.paged_attention,
+            (tokens * group // config.m + batch + 1, kv_heads, 1),
+            q,
+            _stored(k_cache),
+            _stored(v_cache),
+            out,
+            lse,
+            None,
+            None,
+            None,
+            *tensors,
+            *numbers,
+            **shape,
+            **constants,
+            IS_SMALL=False,
+            REQUEST_ROWS=0,
+            SPLITS=1,
+            MAX_SPLITS=1,
+            M=config.m,
+            N=config.n,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+_LOG2E = 1.4426950408889634
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@APPEND_KV.kernel("triton")
+def _append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    interleaved: bool,
+    positions: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    from tilewise.paged import triton_append_kernels as kernels
+
+    tokens, kv_heads, dim = k.shape
+    num_pages, page_size = k_cache.shape[:2]
+    format = _FORMATS.get(k_cache.dtype, _FLOAT)
+    halves = 2 if format.name == "int4" else 1
+    block, v_block = _block(dim // halves), _block(v.shape[2] // halves)
+    heads = min(1 << (kv_heads - 1).bit_length(), max(_APPEND_TILE // block, 1))
+    cos, sin = (
+        x if x is None or x.stride(1) == 1 else x.contiguous()
+        for x in ((cos, sin) if cos is not None and cos.shape[1] else (None, None))
+    )
+    gpu.launch(
+        kernels.append_kv,
+        (tokens, -(-kv_heads // heads)),
+        k,
+        v,
+        _stored(k_cache),
+        _stored(v_cache),
+        k_scale,
+        v_scale,
+        slot_mapping,
+        positions,
+        cos,
+        sin,
+        kv_heads,
+        num_pages * page_size,
+        page_size,
+        0 if cos is None else len(cos),
+        slot_mapping.stride(0),
+        0 if positions is None else positions.stride(0),
+        *(0 if x is None else x.stride(0) for x in (cos, sin)),
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *((0, 0, 0) if k_scale is None else k_scale.stride()),
+        *((0, 0, 0) if v_scale is None else v_scale.stride()),
+        PAIRS=0 if cos is None else cos.shape[1],
+        IS_INTERLEAVED=interleaved,
+        FORMAT=format.name,
+        DIM=dim,
+        V_DIM=v.shape[2],
+        BLOCK=block,
+        V_BLOCK=v_block,
+        HEADS=heads,
+        num_warps=4 if heads * block >= 1024 else 1,
+        # A product is rounded before it is added, as in the definition.
+        enable_fp_fusion=False,
+    )
+
+
+_APPEND_TILE = 2048  # elements that a program writes at most, of keys
