@@ -98,12 +98,13 @@ def config(x: torch.Tensor) -> Config:
     return CONFIGS[gpu.architecture(x)]
 
 
-def tile_for(x: torch.Tensor, rows: int) -> Tile:
-    """The tile for a product of so many rows in x's dtype."""
+def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
+    """The tile for a product of so many rows in x's dtype; of a pair of them for swiglu."""
     chosen = config(x)
     if x.dtype == torch.float32:
         return chosen.float32
-    return next((tile for tile in chosen.tiles if tile.m >= rows), chosen.tiles[-1])
+    tile = next((tile for tile in chosen.tiles if tile.m >= rows), chosen.tiles[-1])
+    return tile._replace(n=64) if is_pair else tile
 
 
 def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
@@ -119,7 +120,7 @@ def _codebook(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(NF4, device=device, dtype=dtype)
 
 
-def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def parts_of(weight: QuantizedTensor | torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """A weight as the kernels take it: data, scales, zeros, codebook; bytes and groups of a row.
 
     Args:
@@ -127,6 +128,8 @@ def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
             precise, and Triton copies to shared memory in advance only what has 4 bytes, which for
             a table that everyone reads would be a waste.
     """
+    if isinstance(weight, torch.Tensor):
+        return (weight.contiguous(), None, None, None), (weight.shape[-1], 0)
     weight = weight.to_rows()
     data = weight.data.contiguous().view(torch.uint8)
     scales, zeros = (
@@ -140,8 +143,10 @@ def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
     return (data, scales, zeros, codebook), sizes
 
 
-def format_of(weight: QuantizedTensor) -> dict[str, Any]:
+def format_of(weight: QuantizedTensor | torch.Tensor) -> dict[str, Any]:
     """Its constexpr arguments."""
+    if isinstance(weight, torch.Tensor):
+        return {"FORMAT": "plain", "GROUP": 1}
     return {"FORMAT": weight.format, "GROUP": weight.group_size}
 
 
@@ -248,7 +253,7 @@ def _quantized_product(
 ) -> torch.Tensor:
     weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
     out = x.new_empty((*x.shape[:-1], shape[0]), dtype=torch.float32)
-    _run(_rows(x), weight, _After(None, None, None, None, None), act, out)
+    _run(_rows(x), weight, _NOTHING, act, out)
     return out
 
 
@@ -263,6 +268,12 @@ def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cuda" and torch.version.hip is None and x.dtype != torch.float32:
         return torch.mm(x, w, out_dtype=torch.float32)
     return x.float() @ w.float()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """x (M, K) times a plain weight (N, K), contiguous, into `out`."""
+    if out.numel():
+        _split(x, weight, _NOTHING, out, tile_for(x, len(x)), is_vector=False)
 
 
 class _After(NamedTuple):
@@ -287,6 +298,9 @@ class _After(NamedTuple):
         return 0 if self.adapter_b is None else self.adapter_b.shape[0]
 
 
+_NOTHING = _After(None, None, None, None, None)
+
+
 def _run(
     x: torch.Tensor, weight: QuantizedTensor, after: _After, act: str | None, out: torch.Tensor
 ) -> None:
@@ -305,7 +319,9 @@ def _run(
         return _split(x, weight, after, out, _vector_tile(m, k), is_vector=True)
     if m >= chosen.whole:
         return _whole(x, weight, after, out)
-    return _split(x, weight, after, out, tile_for(x, m), is_vector=False)
+    return _split(
+        x, weight, after, out, tile_for(x, m, is_pair=after.activation == "swiglu"), is_vector=False
+    )
 
 
 def _vector_tile(m: int, k: int) -> Tile:
@@ -317,7 +333,7 @@ def _vector_tile(m: int, k: int) -> Tile:
 
 def _split(
     x: torch.Tensor,
-    weight: QuantizedTensor,
+    weight: QuantizedTensor | torch.Tensor,
     after: _After,
     out: torch.Tensor,
     tile: Tile,
@@ -440,7 +456,7 @@ def _int8(
     sums = x.new_empty(m, groups, dtype=torch.int32)
     _quantize_rows(x, group, codes, scales, sums, None)
     # Its tile of codes is half the bytes of one in bfloat16, whatever x's dtype is.
-    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m)
+    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m, is_pair=after.activation == "swiglu")
     block_k = tile.k if group < 0 else group
     tensors, sizes = parts_of(weight, x.dtype)
     gpu.launch(
