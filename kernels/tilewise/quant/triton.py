@@ -47,6 +47,7 @@ class Config(NamedTuple):
 
     Args:
         tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
+        pair_n: rows of each half of the weight where swiglu needs a pair of sums.
         float32: the tile for float32, which has no tensor cores to feed.
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
@@ -55,6 +56,7 @@ class Config(NamedTuple):
     """
 
     tiles: tuple[Tile, ...]
+    pair_n: int
     float32: Tile
     programs: int
     vector_rows: int = 4
@@ -66,8 +68,9 @@ _AMPERE = Config(
         Tile(64, 16, 128, 4, 4),
         Tile(64, 32, 128, 4, 3),
         Tile(64, 64, 128, 4, 3),
-        Tile(128, 128, 128, 8, 2),
+        Tile(64, 128, 128, 8, 2),
     ),
+    pair_n=32,
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
 )
@@ -78,6 +81,7 @@ _HOPPER = Config(
         Tile(128, 64, 128, 8, 3),
         Tile(128, 128, 128, 8, 3),
     ),
+    pair_n=64,
     float32=Tile(32, 32, 128, 4, 1),
     programs=264,
 )
@@ -87,6 +91,7 @@ CONFIGS = {
     "sm_100": _HOPPER,
     "gfx942": Config(
         tiles=(Tile(64, 16, 128, 4, 2), Tile(64, 32, 128, 4, 2), Tile(64, 64, 128, 4, 2)),
+        pair_n=64,
         float32=Tile(32, 32, 128, 4, 1),
         programs=304,
     ),
@@ -103,8 +108,9 @@ def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
     chosen = config(x)
     if x.dtype == torch.float32:
         return chosen.float32
-    tile = next((tile for tile in chosen.tiles if tile.m >= rows), chosen.tiles[-1])
-    return tile._replace(n=64) if is_pair else tile
+    tiles = chosen.tiles[:3] if is_pair else chosen.tiles  # two sums are held at once
+    tile = next((tile for tile in tiles if tile.m >= rows), tiles[-1])
+    return tile._replace(n=chosen.pair_n) if is_pair else tile
 
 
 def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
@@ -455,8 +461,8 @@ def _int8(
     scales = x.new_empty(m, groups, dtype=torch.float32)
     sums = x.new_empty(m, groups, dtype=torch.int32)
     _quantize_rows(x, group, codes, scales, sums, None)
-    # Its tile of codes is half the bytes of one in bfloat16, whatever x's dtype is.
-    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m, is_pair=after.activation == "swiglu")
+    # As for a pair: sums in whole numbers and scaled ones are held at once.
+    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m, is_pair=True)
     block_k = tile.k if group < 0 else group
     tensors, sizes = parts_of(weight, x.dtype)
     gpu.launch(
