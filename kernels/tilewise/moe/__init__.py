@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from tilewise import checks
+from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.moe import baseline, naive, native
+from tilewise.moe import autograd, baseline, naive, native, triton
 from tilewise.quant.formats import QuantizedTensor
 
 __all__ = ["moe"]
@@ -86,7 +88,8 @@ _MOE = Op(
     "moe",
     naive.moe,
     impls=(
-        Impl("cpu", native.moe, native.why_not),
+        Impl("triton", partial(autograd.moe, "triton"), triton.why_not, gpu.why_not_auto),
+        Impl("cpu", partial(autograd.moe, "cpu"), native.why_not),
         Impl(
             "torch",
             baseline.moe,

@@ -47,6 +47,7 @@ class Config(NamedTuple):
 
     Args:
         tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
+        pair_n: rows of each half of the weight where swiglu needs a pair of sums.
         float32: the tile for float32, which has no tensor cores to feed.
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
@@ -55,6 +56,7 @@ class Config(NamedTuple):
     """
 
     tiles: tuple[Tile, ...]
+    pair_n: int
     float32: Tile
     programs: int
     vector_rows: int = 4
@@ -66,8 +68,9 @@ _AMPERE = Config(
         Tile(64, 16, 128, 4, 4),
         Tile(64, 32, 128, 4, 3),
         Tile(64, 64, 128, 4, 3),
-        Tile(128, 128, 128, 8, 2),
+        Tile(64, 128, 128, 8, 2),
     ),
+    pair_n=32,
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
 )
@@ -78,6 +81,7 @@ _HOPPER = Config(
         Tile(128, 64, 128, 8, 3),
         Tile(128, 128, 128, 8, 3),
     ),
+    pair_n=64,
     float32=Tile(32, 32, 128, 4, 1),
     programs=264,
 )
@@ -87,6 +91,7 @@ CONFIGS = {
     "sm_100": _HOPPER,
     "gfx942": Config(
         tiles=(Tile(64, 16, 128, 4, 2), Tile(64, 32, 128, 4, 2), Tile(64, 64, 128, 4, 2)),
+        pair_n=64,
         float32=Tile(32, 32, 128, 4, 1),
         programs=304,
     ),
@@ -98,12 +103,14 @@ def config(x: torch.Tensor) -> Config:
     return CONFIGS[gpu.architecture(x)]
 
 
-def tile_for(x: torch.Tensor, rows: int) -> Tile:
-    """The tile for a product of so many rows in x's dtype."""
+def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
+    """The tile for a product of so many rows in x's dtype; of a pair of them for swiglu."""
     chosen = config(x)
     if x.dtype == torch.float32:
         return chosen.float32
-    return next((tile for tile in chosen.tiles if tile.m >= rows), chosen.tiles[-1])
+    tiles = chosen.tiles[:3] if is_pair else chosen.tiles  # two sums are held at once
+    tile = next((tile for tile in tiles if tile.m >= rows), tiles[-1])
+    return tile._replace(n=chosen.pair_n) if is_pair else tile
 
 
 def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
@@ -119,7 +126,7 @@ def _codebook(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(NF4, device=device, dtype=dtype)
 
 
-def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
+def parts_of(weight: QuantizedTensor | torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """A weight as the kernels take it: data, scales, zeros, codebook; bytes and groups of a row.
 
     Args:
@@ -127,6 +134,8 @@ def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
             precise, and Triton copies to shared memory in advance only what has 4 bytes, which for
             a table that everyone reads would be a waste.
     """
+    if isinstance(weight, torch.Tensor):
+        return (weight.contiguous(), None, None, None), (weight.shape[-1], 0)
     weight = weight.to_rows()
     data = weight.data.contiguous().view(torch.uint8)
     scales, zeros = (
@@ -140,8 +149,10 @@ def parts_of(weight: QuantizedTensor, dtype: torch.dtype) -> tuple[Any, ...]:
     return (data, scales, zeros, codebook), sizes
 
 
-def format_of(weight: QuantizedTensor) -> dict[str, Any]:
+def format_of(weight: QuantizedTensor | torch.Tensor) -> dict[str, Any]:
     """Its constexpr arguments."""
+    if isinstance(weight, torch.Tensor):
+        return {"FORMAT": "plain", "GROUP": 1}
     return {"FORMAT": weight.format, "GROUP": weight.group_size}
 
 
@@ -248,7 +259,7 @@ def _quantized_product(
 ) -> torch.Tensor:
     weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
     out = x.new_empty((*x.shape[:-1], shape[0]), dtype=torch.float32)
-    _run(_rows(x), weight, _After(None, None, None, None, None), act, out)
+    _run(_rows(x), weight, _NOTHING, act, out)
     return out
 
 
@@ -263,6 +274,12 @@ def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cuda" and torch.version.hip is None and x.dtype != torch.float32:
         return torch.mm(x, w, out_dtype=torch.float32)
     return x.float() @ w.float()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """x (M, K) times a plain weight (N, K), contiguous, into `out`."""
+    if out.numel():
+        _split(x, weight, _NOTHING, out, tile_for(x, len(x)), is_vector=False)
 
 
 class _After(NamedTuple):
@@ -287,6 +304,9 @@ class _After(NamedTuple):
         return 0 if self.adapter_b is None else self.adapter_b.shape[0]
 
 
+_NOTHING = _After(None, None, None, None, None)
+
+
 def _run(
     x: torch.Tensor, weight: QuantizedTensor, after: _After, act: str | None, out: torch.Tensor
 ) -> None:
@@ -305,7 +325,9 @@ def _run(
         return _split(x, weight, after, out, _vector_tile(m, k), is_vector=True)
     if m >= chosen.whole:
         return _whole(x, weight, after, out)
-    return _split(x, weight, after, out, tile_for(x, m), is_vector=False)
+    return _split(
+        x, weight, after, out, tile_for(x, m, is_pair=after.activation == "swiglu"), is_vector=False
+    )
 
 
 def _vector_tile(m: int, k: int) -> Tile:
@@ -317,7 +339,7 @@ def _vector_tile(m: int, k: int) -> Tile:
 
 def _split(
     x: torch.Tensor,
-    weight: QuantizedTensor,
+    weight: QuantizedTensor | torch.Tensor,
     after: _After,
     out: torch.Tensor,
     tile: Tile,
@@ -439,8 +461,8 @@ def _int8(
     scales = x.new_empty(m, groups, dtype=torch.float32)
     sums = x.new_empty(m, groups, dtype=torch.int32)
     _quantize_rows(x, group, codes, scales, sums, None)
-    # Its tile of codes is half the bytes of one in bfloat16, whatever x's dtype is.
-    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m)
+    # As for a pair: sums in whole numbers and scaled ones are held at once.
+    tile = tile_for(x.new_empty(0, dtype=torch.bfloat16), m, is_pair=True)
     block_k = tile.k if group < 0 else group
     tensors, sizes = parts_of(weight, x.dtype)
     gpu.launch(

@@ -12,6 +12,7 @@ threads. What it returns has the shape (BLOCK_N, runs, weights of a run), K in o
 Rows are clamped by the caller, so that only columns need masks, and only where BLOCK_K does not
 divide K (not EVEN). `tilewise.quant.formats` and `blocks` define the formats.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl

@@ -10,6 +10,7 @@ After the product, in float32 and rounded once: the adapter, the bias, the activ
 The half of a weight that is swiglu's gate and the half that it multiplies are two accumulators of
 one program.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
