@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The Triton kernel that writes new tokens to a paged cache: rotation, quantization and scatter.
 
 The bytes are those of the definition (tilewise/paged/kv_formats.py), which takes care to consist of
@@ -132,7 +133,9 @@ def _append(
         value = value.to(tl.float32)
         second = value
         if FORMAT == "int4":
-            second = _load(row, at + count, inside, heads, cos, sin, is_outside, PAIRS, IS_INTERLEAVED)
+            second = _load(
+                row, at + count, inside, heads, cos, sin, is_outside, PAIRS, IS_INTERLEAVED
+            )
             second = second.to(tl.float32)
         largest: tl.constexpr = 127.0 if FORMAT == "int8" else 448.0 if FORMAT == "fp8" else 7.0
         row_scale = _scale_of(value, second, largest)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The Triton kernels of attention over a paged cache. Imported by the first call that launches one.
 
 The queries of a request and the heads that share a key head are rows of one block: row r is head
@@ -289,7 +290,9 @@ def _attend(
         if HAS_ALIBI:
             s -= slope[:, None] * tl.abs(position[:, None] - at[None, :]).to(tl.float32)
         if BIAS != "none":
-            b = tl.load(bias[:, None] + at[None, :].to(tl.int64) * bias_stride, mask=visible, other=0)
+            b = tl.load(
+                bias[:, None] + at[None, :].to(tl.int64) * bias_stride, mask=visible, other=0
+            )
             if BIAS == "mask":
                 visible = visible & (b != 0)
             else:
