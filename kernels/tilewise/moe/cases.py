@@ -115,6 +115,28 @@ CASES = [
 ]
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+
+def _int4_experts(inputs: Inputs) -> dict[str, Any]:
+    arguments = _moe(64, 1024, 512, experts=4, top_k=2)(inputs)
+    for name in ("w_gate_up", "w_down"):
+        arguments[name] = quantize(arguments[name].float(), "int4", search="minmax")
+    return arguments
+
+
+COMPILED = [
+    Case(
+        "moe",
+        "Granite-1B",
+        _moe(64, 1024, 512, experts=4, top_k=2),
+        dtypes=(torch.bfloat16, torch.float32),
+    ),
+    Case("moe", "Granite-1B, int4", _int4_experts, dtypes=(torch.bfloat16,)),
+]
+"""Every kernel in the configurations that ship; see `tilewise build --triton`."""
+
+
 # --- the registered operator, for opcheck ---------------------------------------------------------
 
 

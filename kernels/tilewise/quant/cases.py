@@ -195,6 +195,49 @@ CASES += [
 ]
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+COMPILED = [
+    *(
+        Case(
+            "quantized_matmul",
+            f"{name}, {tokens}",
+            _product(make, tokens, 512, 4096),
+            dtypes=(torch.bfloat16,),
+            grad=("x",) if tokens == 64 else (),
+        )
+        for name, make in (
+            ("int4", _own("int4", 64, symmetric=False)),
+            ("int8", _INT8),
+            ("nf4", _own("nf4", 64)),
+            ("mxfp4", _own("mxfp4", 32)),
+            ("Q4_K", _gguf("Q4_K")),
+            ("Q6_K", _gguf("Q6_K")),
+        )
+        for tokens in (1, 64)
+    ),
+    Case(
+        "quantized_matmul",
+        "everything",
+        _product(_INT4, 64, 512, 4096, bias=True, activation="swiglu", residual=True, rank=16),
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    ),
+    Case(
+        "quantized_matmul",
+        "int8 activations",
+        _product(_own("int4", 64), 64, 512, 4096, act="int8"),
+        dtypes=(torch.bfloat16,),
+    ),
+    Case(
+        "quantized_embedding",
+        "int4",
+        _embedding(_INT4, (64,), 512, 4096),
+        dtypes=(torch.bfloat16,),
+    ),
+]
+"""Kernels in the configurations that ship; see `tilewise build --triton`."""
+
+
 def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
     def call(inputs: Inputs) -> tuple[Any, ...]:
         a = make(inputs)
