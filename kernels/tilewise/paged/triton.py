@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tilewise import gpu
-from tilewise.fused.tables import RotaryTables
 from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient

@@ -5,6 +5,8 @@ IEEE operations only. So this is launched without fused multiply-adds, divides a
 rounds by adding and subtracting a number so large that what is left of the sum is an integer.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
@@ -132,7 +134,9 @@ def _append(
         value = value.to(tl.float32)
         second = value
         if FORMAT == "int4":
-            second = _load(row, at + count, inside, heads, cos, sin, is_outside, PAIRS, IS_INTERLEAVED)
+            second = _load(
+                row, at + count, inside, heads, cos, sin, is_outside, PAIRS, IS_INTERLEAVED
+            )
             second = second.to(tl.float32)
         largest: tl.constexpr = 127.0 if FORMAT == "int8" else 448.0 if FORMAT == "fp8" else 7.0
         row_scale = _scale_of(value, second, largest)

@@ -17,6 +17,8 @@ Ye et al., FlashInfer, 2025 (arXiv:2501.01005: heads and tokens as rows). That r
 be found by bisection over a grid of a fixed size is from vLLM's unified attention kernel.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
@@ -289,7 +291,9 @@ def _attend(
         if HAS_ALIBI:
             s -= slope[:, None] * tl.abs(position[:, None] - at[None, :]).to(tl.float32)
         if BIAS != "none":
-            b = tl.load(bias[:, None] + at[None, :].to(tl.int64) * bias_stride, mask=visible, other=0)
+            b = tl.load(
+                bias[:, None] + at[None, :].to(tl.int64) * bias_stride, mask=visible, other=0
+            )
             if BIAS == "mask":
                 visible = visible & (b != 0)
             else:
