@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tilewise import gpu
-from tilewise.attention import autograd, baseline, naive, native, triton
+from tilewise.attention import autograd, baseline, merge, naive, native, triton, triton_merge
 from tilewise.attention.checks import (
     check_flash_attention,
     check_flash_attention_varlen,
@@ -73,7 +73,15 @@ _FLASH_ATTENTION_VARLEN = Op(
 _MERGE_STATES = Op(
     "merge_states",
     naive.merge_states,
-    impls=(Impl("cpu", native.merge_states, native.why_not_merge_states),),
+    impls=(
+        Impl(
+            "triton",
+            partial(merge.merge_states, "triton"),
+            triton_merge.why_not_merge_states,
+            gpu.why_not_auto,
+        ),
+        Impl("cpu", partial(merge.merge_states, "cpu"), native.why_not_merge_states),
+    ),
     check=check_merge_states,
     cost=cost_merge_states,
 )

@@ -293,6 +293,53 @@ _APPEND = [
 CASES = _ATTENTION + _APPEND
 
 
+# --- calls to compile ahead of time ---------------------------------------------------------------
+
+_LLAMA: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+_SIXTEEN_BITS = (torch.bfloat16,)
+
+COMPILED = [
+    *(
+        Case(
+            "paged_attention",
+            f"Llama-3-8B decode, {cache}",
+            _attention((300, 400), 16, cache=cache, causal=True, **_LLAMA),
+            dtypes=_SIXTEEN_BITS,
+        )
+        for cache in (None, "int8", "fp8", "int4")
+    ),
+    Case(
+        "paged_attention",
+        "Llama-3-8B prefill",
+        _attention((300, 400), 16, queries=(100, 200), causal=True, **_LLAMA),
+        dtypes=(torch.bfloat16, torch.float16),
+    ),
+    Case(
+        "paged_attention",
+        "DeepSeek decode",
+        _attention((300,), 64, heads=16, kv_heads=1, head_dim=576, v_head_dim=512),
+        dtypes=_SIXTEEN_BITS,
+    ),
+    Case(
+        "paged_attention",
+        "float32",
+        _attention((300, 400), 16, queries=(100, 200), causal=True, **_LLAMA),
+        dtypes=(torch.float32,),
+    ),
+    *(
+        Case(
+            "append_kv",
+            f"Llama-3-8B, {cache}",
+            _append(64, 16, kv_heads=8, head_dim=128, rotary_dim=128, cache=cache),
+            dtypes=_SIXTEEN_BITS,
+            results=_caches,
+        )
+        for cache in (None, "int8", "fp8", "int4")
+    ),
+]
+"""Every kernel in the configurations that ship; see `tilewise build --triton`."""
+
+
 # --- the registered operators ---------------------------------------------------------------------
 
 

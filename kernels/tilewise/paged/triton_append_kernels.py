@@ -6,6 +6,8 @@ IEEE operations only. So this is launched without fused multiply-adds, divides a
 rounds by adding and subtracting a number so large that what is left of the sum is an integer.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 

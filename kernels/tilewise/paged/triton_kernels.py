@@ -18,6 +18,8 @@ Ye et al., FlashInfer, 2025 (arXiv:2501.01005: heads and tokens as rows). That r
 be found by bisection over a grid of a fixed size is from vLLM's unified attention kernel.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
