@@ -25,8 +25,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m tilewise.demo --json demo.json --plot demo.png
 
+# The Triton kernels under Triton's interpreter: agreement, and nothing that leaks.
+INTERPRETED := triton and (agree or may_be_nan) and not bfloat16
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto
+	TRITON_INTERPRET=1 $(BIN)/pytest -n auto tests/test_contracts.py -k "$(INTERPRETED)"
 
 # The sanitizers' runtime must be in the process before Python, and libstdc++ with it, or else it
 # cannot follow exceptions. PyTorch itself leaks, on purpose, what lives as long as the process.

@@ -408,6 +408,9 @@ COMPILED = [
         _ragged((200, 300), heads=32, kv_heads=8, dim=128, causal=True),
         dtypes=(torch.float16,),
     ),
+    Case(
+        "merge_states", "Llama-3-8B", _states(64, 32, 128), dtypes=(torch.bfloat16,), grad=_STATES
+    ),
 ]
 """Every kernel in the configurations that ship; see `tilewise build --triton`."""
 
