@@ -137,7 +137,7 @@ def _store_or_part(
     else:
         OUT = N // 2 if ACTIVATION == "swiglu" else N
         inside = (n < OUT)[:, None] & (m < M)[None, :]
-        at = out + (split * M.to(tl.int64) + m)[None, :] * N + n[:, None]
+        at = out + (split.to(tl.int64) * M + m)[None, :] * N + n[:, None]
         tl.store(at, y, mask=inside)
         if ACTIVATION == "swiglu":
             tl.store(at + OUT, up, mask=inside)
