@@ -135,27 +135,27 @@ def _config(
         row: bytes of one key and its value as multiplied.
         stored_row: bytes of the same as they lie in the cache.
         q_row: bytes of one query.
-        is_small: whether the launch is bound by memory.
+        is_small: whether the launch is for requests of few rows, which is bound by memory.
     """
     available = _SHARED_MEMORY[architecture] * 1024
     if m >= 64:
         available -= m * q_row
-    elif is_small:
+    if is_small and row <= 1024:
         available //= 2  # two programs at a time
-    converted = row if stored_row != row else 0  # needs room of its own
-    stages = (1,) if architecture == "gfx942" else (3, 2) if is_small else (2,)
-    for n in (64, 32, 16):
-        for num_stages in stages:
-            if n * (num_stages * stored_row + converted) <= available:
-                break
-        else:
-            continue
-        break
-    else:
-        n, num_stages = 16, 1
-    accumulators = m * row  # rises with the registers that the sums and the scores need
-    warps = 8 if m >= 128 or accumulators > 64 * 1024 else 4
-    return _Config(m, n, warps, num_stages)
+    # A tile that is not multiplied as it was loaded needs room twice.
+    converted = row if stored_row != row or m >= 64 else 0
+    # Of the stages one multiplies, and half of the others are for looking up the pages.
+    stages = (2, 1) if architecture == "gfx942" else (5, 3)
+    n, num_stages = next(
+        (
+            (n, num_stages)
+            for n in ((64, 32) if row <= 1024 else (32,))
+            for num_stages in stages
+            if n * (max((num_stages - 1) // 2, 1) * stored_row + converted) <= available
+        ),
+        (16, 1),
+    )
+    return _Config(m, n, 8 if m * max(row, 512) > 64 * 512 else 4, num_stages)
 
 
 @PAGED_ATTENTION.kernel("triton")
@@ -339,7 +339,7 @@ def _paged_attention(
         )
     if is_ragged:
         # All others, and the padding, which is as if it were one more request.
-        config = configure(64 if columns > 512 else 128, is_small=False)
+        config = configure(64 if columns > 320 else 128, is_small=False)
         gpu.launch(
             kernels.paged_attention,
             (tokens * group // config.m + batch + 1, kv_heads, 1),

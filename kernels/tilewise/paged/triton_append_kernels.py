@@ -79,7 +79,9 @@ def _scale_of(x, y, LARGEST: tl.constexpr):
     largest = tl.maximum(tl.max(x, 1), tl.max(y, 1))
     # A maximum may pass over NaN.
     is_nan = tl.maximum(tl.max((x != x).to(tl.int32), 1), tl.max((y != y).to(tl.int32), 1))
-    return tl.where(is_nan == 1, float("nan"), tl.div_rn(largest, largest * 0.0 + LARGEST))
+    return tl.where(
+        is_nan == 1, float("nan"), tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    )
 
 
 @triton.jit
