@@ -100,7 +100,7 @@ def finish(
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     OUT = N // 2 if ACTIVATION == "swiglu" else N
     inside = (n < OUT)[:, None] & (m < M)[None, :]
-    size = M.to(tl.int64) * N
+    size = tl.full([], 1, tl.int64) * M * N
     at = parts + m[None, :] * N + n[:, None]
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = None
