@@ -31,7 +31,7 @@ def experts_product(
     N,
     K,
     x_stride,
-    row_bytes,
+    row_bytes: tl.constexpr,
     groups,
     top_k,
     FORMAT: tl.constexpr,

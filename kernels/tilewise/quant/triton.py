@@ -161,9 +161,7 @@ def format_of(weight: QuantizedTensor | torch.Tensor) -> dict[str, Any]:
 
 def why_not(x: torch.Tensor, weight: QuantizedTensor, *others: Any, **options: Any) -> str | None:
     """Why the Triton kernels cannot take the call."""
-    k = x.shape[-1]
-    few = x.numel() <= config(x).vector_rows * k if x.is_floating_point() else False
-    return gpu.why_not(x, dot=not few)
+    return gpu.why_not(x)
 
 
 def quantized_matmul(

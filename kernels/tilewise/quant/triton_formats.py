@@ -152,7 +152,7 @@ def _own_values(
     rows,
     k,
     K,
-    row_bytes,
+    row_bytes: tl.constexpr,
     groups,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -221,7 +221,7 @@ def block_codes(
     rows,
     k,
     K,
-    row_bytes,
+    row_bytes: tl.constexpr,
     FORMAT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -272,7 +272,7 @@ def _block_values(
     rows,
     k,
     K,
-    row_bytes,
+    row_bytes: tl.constexpr,
     FORMAT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -411,7 +411,7 @@ def weight_tile(
     rows,
     k,
     K,
-    row_bytes,
+    row_bytes: tl.constexpr,
     groups,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -428,7 +428,9 @@ def weight_tile(
         codebook: the 16 values of nf4.
         rows: (BLOCK_N,) int64.
         k: a multiple of BLOCK_K.
-        row_bytes, groups: what a row has of data (elements, of a plain matrix) and of scales.
+        row_bytes, groups: what a row has of data (elements, of a plain matrix) and of scales. The
+            first is a constant because it decides how wide a row can be loaded: Triton takes for
+            granted no power of two that divides an argument, but 16.
         FORMAT: a name in `tilewise.quant.formats.FORMATS`, or "plain".
         SCALED: False leaves out the scale of a whole row.
         EVEN: whether BLOCK_K divides K.
