@@ -6,7 +6,7 @@ lengths, tables and slots have changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,7 +125,14 @@ class _Config:
 
 
 def _config(
-    architecture: str, m: int, row: int, stored_row: int, q_row: int, *, is_small: bool
+    architecture: str,
+    m: int,
+    row: int,
+    stored_row: int,
+    q_row: int,
+    *,
+    is_small: bool,
+    has_bias: bool,
 ) -> _Config:
     """The most keys per tile, and the most tiles in flight, that shared memory has room for.
 
@@ -136,6 +143,7 @@ def _config(
         stored_row: bytes of the same as they lie in the cache.
         q_row: bytes of one query.
         is_small: whether the launch is for requests of few rows, which is bound by memory.
+        has_bias: whether a tile of scores has one of biases beside it.
     """
     available = _SHARED_MEMORY[architecture] * 1024
     if m >= 64:
@@ -145,17 +153,21 @@ def _config(
     # A tile that is not multiplied as it was loaded needs room twice.
     converted = row if stored_row != row or m >= 64 else 0
     # Of the stages one multiplies, and half of the others are for looking up the pages.
-    stages = (2, 1) if architecture == "gfx942" else (5, 3)
+    stages = (2, 1) if architecture == "gfx942" else (5, 3) if row <= 1024 else (3,)
+    # Registers are what runs out first.
+    is_crowded = row >= 1024 or has_bias
+    is_crowded |= architecture == "sm_80" and m >= 64 and stored_row != row
     n, num_stages = next(
         (
             (n, num_stages)
-            for n in ((64, 32) if row <= 1024 else (32,))
+            for n in ((32,) if is_crowded else (64, 32))
             for num_stages in stages
             if n * (max((num_stages - 1) // 2, 1) * stored_row + converted) <= available
         ),
         (16, 1),
     )
-    return _Config(m, n, 8 if m * max(row, 512) > 64 * 512 else 4, num_stages)
+    is_wide = row > 1024 or m * max(row, 512) > 64 * 512
+    return _Config(m, n, 8 if is_wide else 4, num_stages)
 
 
 @PAGED_ATTENTION.kernel("triton")
@@ -265,17 +277,23 @@ def _paged_attention(
         "BIAS": "none" if bias is None else "mask" if bias.dtype == torch.bool else "float",
     }
     columns = k_parts[1] + k_parts[3] + v_parts[1] + v_parts[3]
+    row = columns * dtype.itemsize
+    # Without tensor cores the products of a tile are written out one by one.
+    has_tensor_cores = precision == "tf32" or dtype.itemsize == 2
+    most_rows = 16 if not has_tensor_cores else 128 if row <= 640 else 64 if row <= 1024 else 32
     architecture = gpu.architecture(q)
 
     def configure(m: int, *, is_small: bool) -> _Config:
         stored = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
         q_row = (k_parts[1] + k_parts[3]) * dtype.itemsize
-        row = columns * dtype.itemsize
-        return _config(architecture, m, row, stored, q_row, is_small=is_small)
+        config = _config(
+            architecture, m, row, stored, q_row, is_small=is_small, has_bias=bias is not None
+        )
+        return config if has_tensor_cores else replace(config, n=16, num_stages=1)
 
     # Requests of few rows.
     small_rows = max(_SMALL_ROWS, group) if is_ragged else group
-    config = configure(min(_block(small_rows), 64), is_small=True)
+    config = configure(min(_block(small_rows), most_rows, 64), is_small=True)
     visible = capacity
     if left >= 0 and right >= 0:
         visible = min(capacity, left + right + config.m + config.n)
@@ -339,7 +357,7 @@ def _paged_attention(
         )
     if is_ragged:
         # All others, and the padding, which is as if it were one more request.
-        config = configure(64 if columns > 320 else 128, is_small=False)
+        config = configure(most_rows, is_small=False)
         gpu.launch(
             kernels.paged_attention,
             (tokens * group // config.m + batch + 1, kv_heads, 1),
