@@ -47,8 +47,9 @@ def test_k_split_among_programs(m, scheme, dtype, device):
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("act", [None, "int8"])
-@pytest.mark.parametrize("scheme", ["int4", "nf4", "Q4_K"])
+@pytest.mark.parametrize(
+    ("scheme", "act"), [("int4", None), ("int4", "int8"), ("nf4", None), ("Q4_K", None)]
+)
 def test_a_weight_unpacked_as_a_whole(scheme, act, after, device, monkeypatch):
     chosen = triton.config(torch.empty(0, device=device))._replace(whole=8)
     monkeypatch.setattr(triton, "config", lambda x: chosen)

@@ -159,9 +159,16 @@ def format_of(weight: QuantizedTensor | torch.Tensor) -> dict[str, Any]:
 # --- the product ----------------------------------------------------------------------------------
 
 
-def why_not(x: torch.Tensor, weight: QuantizedTensor, *others: Any, **options: Any) -> str | None:
+def why_not(
+    x: torch.Tensor, weight: QuantizedTensor, *others: Any, act: str | None = None, **options: Any
+) -> str | None:
     """Why the Triton kernels cannot take the call."""
-    return gpu.why_not(x)
+    reason = gpu.why_not(x)
+    is_rounded = act is not None and weight.format not in _INT8_DOT
+    if reason is None and is_rounded and x.dtype != torch.float32:
+        # Such codes are no integers: x would be rounded to int8, scaled, and rounded once more.
+        return f"{weight.format} with int8 activations is too far off in 16 bits"
+    return reason
 
 
 def quantized_matmul(
