@@ -87,6 +87,8 @@ def _tile(
     of_dots = of_s * scale
     if HAS_SOFTCAP:
         of_dots *= 1.0 - tanh * tanh
+        if MASKED or HAS_BIAS:  # as above, of a key
+            of_dots = tl.where(seen, of_dots, 0.0)
     return p, of_s, of_dots
 
 
