@@ -36,7 +36,7 @@ def run_benchmarks(path, *options, **environment):
 def run(tmp_path_factory):
     """What is printed, and the JSON."""
     path = tmp_path_factory.mktemp("benchmarks") / "r.json"
-    done = run_benchmarks(path, "-k", "rms_norm and SmolLM2 or sample and top-p")
+    done = run_benchmarks(path, "-k", "float32 and (rms_norm and SmolLM2 or sample and top-p)")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, path
 
@@ -57,7 +57,7 @@ OPS["rms_norm"].impls = tuple(
 def test_a_wrong_kernel_fails_and_leaves_no_time(tmp_path):
     (tmp_path / "wrong_backend.py").write_text(WRONG_BACKEND)
     path = tmp_path / "r.json"
-    options = ("-p", "wrong_backend", "-k", "rms_norm and SmolLM2")
+    options = ("-p", "wrong_backend", "-k", "float32 and rms_norm and SmolLM2")
     done = run_benchmarks(path, *options, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "AssertionError: torch output: row" in done.stdout
