@@ -55,16 +55,20 @@ _CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@_DTYPES
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
 def test_gradients_over_many_blocks_agree(case, dtype):
     check_case(case, "cpu", dtype, grad=True)
 
 
+@_DTYPES
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.id)
-def test_the_order_of_threads_changes_no_bit(case):
+def test_the_order_of_threads_changes_no_bit(case, dtype):
     """Blocks that finish out of order would, once in some runs: hence the repetition."""
-    arguments = case.make(Inputs())
+    arguments = case.make(Inputs(dtype))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -78,8 +82,9 @@ def test_the_order_of_threads_changes_no_bit(case):
         torch.set_num_threads(threads)
 
 
-def test_a_batch_row_has_the_gradients_that_it_has_alone():
-    inputs = Inputs()
+@_DTYPES
+def test_a_batch_row_has_the_gradients_that_it_has_alone(dtype):
+    inputs = Inputs(dtype)
     q, k, v, grad = (inputs.randn(3, 250, 2, 24) for _ in range(4))
 
     def gradients(rows: slice) -> tuple[torch.Tensor, ...]:
@@ -91,10 +96,11 @@ def test_a_batch_row_has_the_gradients_that_it_has_alone():
         assert torch.equal(together[1:2], alone)
 
 
+@_DTYPES
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_hidden_row_of_the_same_block_leaks_into_no_gradient(bad):
+def test_a_hidden_row_of_the_same_block_leaks_into_no_gradient(bad, dtype):
     """Some queries of the block see the bad key, and become NaN with what they see."""
-    inputs = Inputs()
+    inputs = Inputs(dtype)
     q, k, v = (inputs.randn(1, 250, 1, 16) for _ in range(3))
     k[:, 100], v[:, 120] = bad, bad
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -21,6 +21,10 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
+#if defined(__AVX512F__)
+#include "cpu/attention_backward_pairs.h"
+#endif
+
 namespace tilewise {
 namespace {
 
@@ -100,9 +104,9 @@ class Pool {
   std::vector<std::unique_ptr<Scratch>> free_;
 };
 
-template <class T>
+template <class Block>
 struct Scratch {
-  BackwardBlock<T> block;
+  Block block;
   Workspace<float> memory;
   Matrix grad_q, grad_k, grad_v;
 
@@ -164,12 +168,13 @@ void add_rows(Matrix from, int64_t rows, int64_t n, float scale, float* to, int6
 }
 
 // `grad_q` is dQ in float32, laid out like g.grad_q.
-template <class T>
-void run(const Attention& a, const AttentionGradients& g, const Task& task, Scratch<T>& scratch,
+template <class Block>
+void run(const Attention& a, const AttentionGradients& g, const Task& task, Scratch<Block>& scratch,
          float* grad_q, Turns& turns) {
+  using T = typename Block::Element;
   const Sequence& s = *task.s;
   const int64_t query_blocks = query_blocks_of(s.q_len), group = group_size(a);
-  BackwardBlock<T>& block = scratch.block;
+  Block& block = scratch.block;
   bool loaded = false;
   for (int64_t h = task.kv_head * group; h < (task.kv_head + 1) * group; ++h) {
     for (int64_t i = query_blocks - 1; i >= 0; --i) {
@@ -178,13 +183,10 @@ void run(const Attention& a, const AttentionGradients& g, const Task& task, Scra
       if (!loaded) block.load_keys(s, task.kv_head, task.key_block);
       block.load_queries(s, h, i);
       block.compute(s, h);
-      multiply_strided<Stored::columns>(block.p, block.grad, block.keys, a.v_dim,
-                                        block.queries_of_tile, scratch.grad_v, loaded);
-      multiply_strided<Stored::columns>(block.ds, block.q, block.keys, a.dim,
-                                        block.queries_of_tile, scratch.grad_k, loaded);
+      block.grad_v(scratch.grad_v, loaded);
+      block.grad_k(scratch.grad_k, loaded);
       loaded = true;
-      multiply_strided<Stored::rows>(block.ds, block.k, block.queries, a.dim, block.keys_of_tile,
-                                     scratch.grad_q, false);
+      block.grad_q(scratch.grad_q);
       const int64_t place = task.first_turn + h * query_blocks + i;
       const int64_t turn = task.key_block - key_blocks.begin;
       turns.wait(place, turn);
@@ -229,8 +231,9 @@ std::unique_ptr<float[], Free> make_zeros(int64_t count) {
   return std::unique_ptr<float[], Free>(p);
 }
 
-template <class T>
+template <class Block>
 void backward(const Attention& a, const AttentionGradients& g) {
+  using T = typename Block::Element;
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < a.batch; ++b) {
     const Sequence s = sequence_of(a, b);
@@ -252,10 +255,10 @@ void backward(const Attention& a, const AttentionGradients& g) {
   int64_t turn_count = 0;
   const std::vector<Task> tasks = tasks_of(a, sequences, &turn_count);
   Turns turns(turn_count);
-  Pool<Scratch<T>> pool;
+  Pool<Scratch<Block>> pool;
   parallel(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
-    auto scratch = pool.take([&] { return std::make_unique<Scratch<T>>(a, g, delta.get()); });
-    run<T>(a, g, tasks[i], *scratch, grad_q, turns);
+    auto scratch = pool.take([&] { return std::make_unique<Scratch<Block>>(a, g, delta.get()); });
+    run(a, g, tasks[i], *scratch, grad_q, turns);
     pool.give_back(std::move(scratch));
   });
   if constexpr (!in_place) {
@@ -274,10 +277,13 @@ void backward(const Attention& a, const AttentionGradients& g) {
 }  // namespace
 
 void attention_backward(const Attention& a, const AttentionGradients& g) {
+#if defined(__AVX512F__)
+  if (BackwardPairs::takes(a)) return backward<BackwardPairs>(a, g);
+#endif
   switch (a.dtype) {
-    case DType::f32: return backward<float>(a, g);
-    case DType::f16: return backward<Half>(a, g);
-    default: return backward<BFloat16>(a, g);
+    case DType::f32: return backward<BackwardBlock<float>>(a, g);
+    case DType::f16: return backward<BackwardBlock<Half>>(a, g);
+    default: return backward<BackwardBlock<BFloat16>>(a, g);
   }
 }
 

@@ -1,50 +1,11 @@
-// One block of the backward pass: queries of a head against keys.
-//
-//   S = Q K^T   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)
-//
-// where delta is the row sum of dO * out, less the gradient of the lse. From P and dS follow the
-// gradients of everything (attention_backward.cpp) and of the bias (attention_backward_bias.cpp).
-//
-// Rows of Q, K, V and dO that are not finite are multiplied as zeros: 0 * NaN would carry them to
-// rows that do not see them. Those that do become NaN by P and dS: a query's own row is NaN here,
-// and a key or a value has made the lse or the delta of its queries NaN.
-//
-// Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691), algorithm 2.
+// One block of the backward pass in float32: queries of a head against keys (attention_backward_rows.h).
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "cpu/attention.h"
-#include "cpu/gemm_strided.h"
-#include "cpu/simd.h"
-#include "cpu/workspace.h"
+#include "cpu/attention_backward_rows.h"
 
 namespace tilewise {
-
-// Multiples of the rows of a tile and of the columns of a panel on every instruction set. Queries
-// come and go with every block, keys stay: the more keys, the less copying, until P, dS and the
-// operands outgrow the second-level cache by too much.
-constexpr int64_t QUERY_BLOCK = 96, KEY_BLOCK = 192;
-static_assert(QUERY_BLOCK % TILE_ROWS == 0 && KEY_BLOCK % TILE_ROWS == 0, "blocks are whole tiles");
-static_assert(KEY_BLOCK % PANEL == 0, "blocks are whole panels");
-
-constexpr int64_t query_blocks_of(int64_t n) { return (n + QUERY_BLOCK - 1) / QUERY_BLOCK; }
-constexpr int64_t key_blocks_of(int64_t n) { return (n + KEY_BLOCK - 1) / KEY_BLOCK; }
-
-// The key blocks that some query of block i sees.
-inline Range visible_key_blocks(const Attention& a, const Sequence& s, int64_t i) {
-  const int64_t last = std::min((i + 1) * QUERY_BLOCK, s.q_len) - 1;
-  const int64_t first = visible_keys(a, s, i * QUERY_BLOCK).first;
-  const int64_t end = visible_keys(a, s, last).end;
-  if (end <= first) return {0, 0};
-  return {first / KEY_BLOCK, key_blocks_of(end)};
-}
-
-inline bool is_visible(Range key_blocks, int64_t j) {
-  return j >= key_blocks.begin && j < key_blocks.end;
-}
 
 // `row` as float32, zeros behind it up to a whole panel. All zeros, and false, if it is not finite.
 template <class T>
@@ -68,225 +29,98 @@ inline bool read_row(const T* row, int64_t n, float* out) {
   return finite;
 }
 
-// Heads lie side by side, and no hardware prefetcher follows from one short row to the next.
-constexpr int64_t AHEAD = 8;  // rows
-
-template <class T>
-inline void prefetch_row(const T* row, int64_t n) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) {
-    _mm_prefetch(p + i, _MM_HINT_T0);
-  }
-}
-
-inline void transpose_rows(Matrix from, int64_t rows, int64_t columns, Matrix to) {
-  constexpr int W = F32::WIDTH;
-  for (int64_t i = 0; i < rows; i += W) {
-    for (int64_t j = 0; j < columns; j += W) {
-      F32 block[W];
-      for (int r = 0; r < W; ++r) block[r] = load(from.row(i + r) + j);
-      transpose(block);
-      for (int r = 0; r < W; ++r) store(to.row(j + r) + i, block[r]);
-    }
-  }
-}
-
 // The operands of a block and what is computed from them; T is the dtype of the tensors. One thread
 // at a time uses it.
 template <class T>
-class BackwardBlock {
+class BackwardBlock : public BackwardRows {
  public:
+  using Element = T;
+
   BackwardBlock(const Attention& a, const Heads& grad_out, const float* delta)
-      : a_(a), grad_out_(grad_out), delta_of_rows_(delta) {
+      : BackwardRows(a, grad_out, delta) {
     const int64_t q_stride = odd_stride(a.dim), v_stride = odd_stride(a.v_dim);
     const int64_t score_stride = odd_stride(KEY_BLOCK);
     const int64_t deep_q = round_up(a.dim, PANEL), deep_v = round_up(a.v_dim, PANEL);
     memory_ = make_workspace<float>(
         QUERY_BLOCK * (q_stride + 2 * score_stride) + KEY_BLOCK * (q_stride + v_stride) +
         (deep_q + deep_v) * score_stride);
-    float* next = memory_.get();
-    const auto take = [&next](int64_t rows, int64_t stride) {
-      Matrix m{next, stride};
-      next += rows * stride;
-      return m;
-    };
-    q = take(QUERY_BLOCK, q_stride);
-    k = take(KEY_BLOCK, q_stride);
-    grad = take(KEY_BLOCK, v_stride);  // V is in it for a while
-    p = take(QUERY_BLOCK, score_stride);
-    ds = take(QUERY_BLOCK, score_stride);
-    k_transposed_ = take(deep_q, score_stride);
-    v_transposed_ = take(deep_v, score_stride);
+    Carver carver(memory_.get());
+    q_ = carver.take(QUERY_BLOCK, q_stride);
+    k_ = carver.take(KEY_BLOCK, q_stride);
+    grad_ = carver.take(KEY_BLOCK, v_stride);  // V is in it for a while
+    p_ = carver.take(QUERY_BLOCK, score_stride);
+    ds = carver.take(QUERY_BLOCK, score_stride);
+    k_transposed_ = carver.take(deep_q, score_stride);
+    v_transposed_ = carver.take(deep_v, score_stride);
   }
 
-  Matrix q, k, grad;  // (queries, dim), (keys, dim) and, of the output, (queries, v_dim)
-  Matrix p, ds;       // (queries, keys); of a tile's rows only what is in its range is there
-  int64_t queries, keys;
-  Range keys_of_tile[QUERY_BLOCK / TILE_ROWS];   // that any of TILE_ROWS queries sees
-  Range queries_of_tile[KEY_BLOCK / TILE_ROWS];  // that see any of TILE_ROWS keys
+  Matrix ds;  // (queries, keys); of a tile's rows only what is in its range is there
 
   void load_keys(const Sequence& s, int64_t kv_head, int64_t j) {
-    first_key_ = j * KEY_BLOCK;
-    keys = std::min(KEY_BLOCK, s.k_len - first_key_);
+    begin_keys(s, j);
     // V's rows pass through the place of dO, which is loaded later.
-    for (int64_t r = 0; r < keys; ++r) {
-      if (r + AHEAD < keys) {
-        prefetch_row(row_of(a_.k, s, first_key_ + r + AHEAD, kv_head), a_.dim);
-        prefetch_row(row_of(a_.v, s, first_key_ + r + AHEAD, kv_head), a_.v_dim);
-      }
-      read_row(row_of(a_.k, s, first_key_ + r, kv_head), a_.dim, k.row(r));
-      read_row(row_of(a_.v, s, first_key_ + r, kv_head), a_.v_dim, grad.row(r));
-    }
+    for_keys<T>(s, kv_head, [&](int64_t r, const T* k_row, const T* v_row) {
+      read_row(k_row, a_.dim, k_.row(r));
+      read_row(v_row, a_.v_dim, grad_.row(r));
+    });
     for (int64_t r = keys; r < round_up(keys, F32::WIDTH); ++r) {
-      std::memset(k.row(r), 0, k.stride * sizeof(float));
-      std::memset(grad.row(r), 0, grad.stride * sizeof(float));
+      std::memset(k_.row(r), 0, k_.stride * sizeof(float));
+      std::memset(grad_.row(r), 0, grad_.stride * sizeof(float));
     }
-    transpose_rows(k, keys, a_.dim, k_transposed_);
-    transpose_rows(grad, keys, a_.v_dim, v_transposed_);
+    transpose_rows(k_, keys, a_.dim, k_transposed_);
+    transpose_rows(grad_, keys, a_.v_dim, v_transposed_);
   }
 
   // After load_keys, from any number of heads of its group.
   void load_queries(const Sequence& s, int64_t head, int64_t i) {
-    first_query_ = i * QUERY_BLOCK;
-    queries = std::min(QUERY_BLOCK, s.q_len - first_query_);
-    const T* q_row = static_cast<const T*>(a_.q.data) + offset(a_, a_.q, s, first_query_, head);
-    const T* grad_row = static_cast<const T*>(grad_out_.data) +
-                        offset(a_, grad_out_, s, first_query_, head);
-    for (int64_t r = 0; r < queries; ++r) {
-      const int64_t query = first_query_ + r, row = lse_offset(a_, s, query, head);
-      if (r + AHEAD < queries) {
-        prefetch_row(q_row + AHEAD * a_.q.seq_stride, a_.dim);
-        prefetch_row(grad_row + AHEAD * grad_out_.seq_stride, a_.v_dim);
-      }
-      const bool q_finite = read_row(q_row, a_.dim, q.row(r));
-      const bool grad_finite = read_row(grad_row, a_.v_dim, grad.row(r));
-      lse_[r] = q_finite && grad_finite ? a_.lse[row] : NAN;
-      delta_[r] = delta_of_rows_[row];
-      q_row += a_.q.seq_stride;
-      grad_row += grad_out_.seq_stride;
-      const Span span = visible_keys(a_, s, query);
-      keys_of_query_[r] = {clamp(span.first - first_key_, 0, keys),
-                           clamp(span.end - first_key_, 0, keys)};
-    }
-    // What a query sees moves to the right from one to the next.
-    for (int64_t r = 0, t = 0; r < queries; r += TILE_ROWS, ++t) {
-      const int64_t last = std::min<int64_t>(r + TILE_ROWS, queries) - 1;
-      keys_of_tile[t] = {keys_of_query_[r].begin, keys_of_query_[last].end};
-      keys_of_tile[t].end = std::max(keys_of_tile[t].end, keys_of_tile[t].begin);
-    }
-    Range seen{0, 0};
-    for (int64_t key = 0, t = 0; key < keys; key += TILE_ROWS, ++t) {
-      while (seen.begin < queries && keys_of_query_[seen.begin].end <= key) ++seen.begin;
-      seen.end = std::max(seen.end, seen.begin);
-      const int64_t key_end = key + TILE_ROWS;
-      while (seen.end < queries && keys_of_query_[seen.end].begin < key_end) ++seen.end;
-      queries_of_tile[t] = seen;
-    }
+    for_queries<T>(s, head, i, [&](int64_t r, const T* q_row, const T* grad_row) {
+      const bool q_finite = read_row(q_row, a_.dim, q_.row(r));
+      return read_row(grad_row, a_.v_dim, grad_.row(r)) && q_finite;
+    });
   }
 
   // P and dS; with `of_bias` dS is the gradient of the biased score, without the softcap's slope.
   void compute(const Sequence& s, int64_t head, bool of_bias = false) {
-    multiply_strided_columns(q, k_transposed_, queries, keys, a_.dim, keys_of_tile, p);
-    multiply_strided_columns(grad, v_transposed_, queries, keys, a_.v_dim, keys_of_tile, ds);
-    const bool plain = a_.softcap <= 0 && !a_.alibi_slopes && !a_.bias;
+    multiply_strided_columns(q_, k_transposed_, queries, keys, a_.dim, keys_of_tile, p_);
+    multiply_strided_columns(grad_, v_transposed_, queries, keys, a_.v_dim, keys_of_tile, ds);
     for (int64_t r = 0; r < queries; ++r) {
-      if (plain) {
-        weigh<false>(r, nullptr, of_bias);
+      if (is_plain()) {
+        weigh_row<false>(r, nullptr, of_bias);
       } else {
         alignas(ALIGNMENT) float added[KEY_BLOCK];
         add_to_scores(s, head, r, added);
-        weigh<true>(r, added, of_bias);
+        weigh_row<true>(r, added, of_bias);
       }
     }
+  }
+
+  // The block's share of each gradient: dV = P^T dO, dK = dS^T Q, dQ = dS K.
+  void grad_v(Matrix out, bool accumulate) const {
+    multiply_strided<Stored::columns>(p_, grad_, keys, a_.v_dim, queries_of_tile, out, accumulate);
+  }
+  void grad_k(Matrix out, bool accumulate) const {
+    multiply_strided<Stored::columns>(ds, q_, keys, a_.dim, queries_of_tile, out, accumulate);
+  }
+  void grad_q(Matrix out) const {
+    multiply_strided<Stored::rows>(ds, k_, queries, a_.dim, keys_of_tile, out, false);
   }
 
  private:
-  static constexpr int W = F32::WIDTH;
-
-  const T* row_of(const KeyValues& t, const Sequence& s, int64_t j, int64_t kv_head) const {
-    return static_cast<const T*>(t.data) + row_offset(a_, t, s, j, kv_head);
-  }
-
-  // What is added to the scores of query r: bias and ALiBi, or -inf where the bias hides a key.
-  void add_to_scores(const Sequence& s, int64_t head, int64_t r, float* added) const {
-    const auto [begin, end] = keys_of_query_[r];
-    const int64_t query = first_query_ + r;
-    std::fill(added + begin, added + end, 0.0f);
-    if (a_.bias) {
-      const int64_t step = a_.bias_stride[3];
-      const int64_t batch = a_.cu_seqlens_q ? 0 : s.index;
-      const int64_t from = batch * a_.bias_stride[0] + head * a_.bias_stride[1] +
-                           (s.q_begin + query) * a_.bias_stride[2] + first_key_ * step;
-      if (a_.bias_is_mask) {
-        const uint8_t* visible = static_cast<const uint8_t*>(a_.bias) + from;
-        for (int64_t j = begin; j < end; ++j) added[j] = visible[j * step] ? 0.0f : -INFINITY;
-      } else {
-        const float* bias = static_cast<const float*>(a_.bias) + from;
-        for (int64_t j = begin; j < end; ++j) added[j] = bias[j * step];
-      }
-    }
-    if (a_.alibi_slopes) {
-      const float slope = a_.alibi_slopes[s.index * a_.alibi_batch_stride + head];
-      const int64_t distance = s.position(query) - first_key_;
-      for (int64_t j = begin; j < end; ++j) {
-        added[j] -= slope * static_cast<float>(std::abs(distance - j));
-      }
-    }
-  }
-
-  // Row r of p and ds, from the two products that lie there; zeros where the query sees nothing.
+  // Row r of P and dS, from the two products that lie there.
   template <bool GENERAL>
-  void weigh(int64_t r, const float* added, bool of_bias) {
-    float *p_row = p.row(r), *ds_row = ds.row(r);
-    const auto [begin, end] = keys_of_query_[r];
-    const int64_t first = begin - begin % W;
-    const F32 scale = F32::all(a_.scale), lse = F32::all(lse_[r]), delta = F32::all(delta_[r]);
-    const F32 zero = F32::zero(), one = F32::all(1.0f);
-    std::memset(p_row, 0, first * sizeof(float));
-    std::memset(ds_row, 0, first * sizeof(float));
-    int64_t j = first;
-    for (; j < end; j += W) {
-      F32 weight, slope = one, hidden = zero;
-      if constexpr (GENERAL) {
-        F32 score = load(p_row + j) * scale;
-        if (a_.softcap > 0) {
-          const F32 cap = F32::all(a_.softcap), t = tanh(score / cap);
-          score = cap * t;
-          if (!of_bias) slope = one - t * t;
-        }
-        hidden = load(added + j);
-        weight = exp(score + hidden - lse);
-      } else {
-        weight = exp(fma(load(p_row + j), scale, zero - lse));
-      }
-      F32 gradient = weight * (load(ds_row + j) - delta);
-      if constexpr (GENERAL) {
-        const F32 nothing = F32::all(-INFINITY);
-        weight = select_equal(hidden, nothing, zero, weight);
-        gradient = select_equal(hidden, nothing, zero, gradient * slope);
-      }
-      if (j < begin || j + W > end) {
-        const int before = static_cast<int>(begin - j), upto = static_cast<int>(end - j);
-        weight = select_below(before, zero, select_below(upto, weight, zero));
-        gradient = select_below(before, zero, select_below(upto, gradient, zero));
-      }
+  void weigh_row(int64_t r, const float* added, bool of_bias) {
+    float *p_row = p_.row(r), *ds_row = ds.row(r);
+    for (int64_t j = 0; j < keys; j += W) {
+      const auto [weight, gradient] = weigh<GENERAL>(r, j, p_row, ds_row, added, of_bias);
       store(p_row + j, weight);
       store(ds_row + j, gradient);
     }
-    for (; j < keys; j += W) {
-      store(p_row + j, zero);
-      store(ds_row + j, zero);
-    }
   }
 
-  const Attention& a_;
-  const Heads& grad_out_;
-  const float* delta_of_rows_;
   Workspace<float> memory_;
+  Matrix q_, k_, grad_;  // (queries, dim), (keys, dim) and, of the output, (queries, v_dim)
+  Matrix p_;             // like ds
   Matrix k_transposed_, v_transposed_;  // (dim, keys) and (v_dim, keys)
-  int64_t first_key_ = 0, first_query_ = 0;
-  Range keys_of_query_[QUERY_BLOCK];
-  float lse_[QUERY_BLOCK], delta_[QUERY_BLOCK];
 };
 
 }  // namespace tilewise

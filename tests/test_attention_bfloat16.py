@@ -1,4 +1,8 @@
-"""Attention on AMX tiles, in the emulated build: bfloat16, which the contracts try in few cases."""
+"""Attention in bfloat16, which the contracts try in few cases.
+
+AMX multiplies tiles of it and AVX-512 pairs: both are tested in emulation, and where the machine
+has the instructions also as they are.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,20 @@ import tilewise
 from tilewise import build, native
 from tilewise.testing import Inputs, assert_agrees, nan_filled_empty
 
+_LIBRARIES = [
+    *((isa, "emulated") for isa in ("amx", "avx512")),
+    *((isa, "") for isa in ("amx", "avx512") if native.why_not_instruction_set(isa) is None),
+]
 
-@pytest.fixture(scope="module", autouse=True)
-def _emulated() -> Iterator[None]:
-    """The AMX kernels, whatever the machine has."""
+
+@pytest.fixture(
+    scope="module", autouse=True, params=_LIBRARIES, ids=lambda x: "-".join(filter(None, x))
+)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels of one instruction set."""
     if build.compiler().value is None:
         pytest.skip(str(build.compiler()))
-    with native.use_library(native.load("amx", "emulated")):
+    with native.use_library(native.load(*request.param)):
         yield
 
 
@@ -54,7 +65,8 @@ def _assert_agrees(qkv: tuple[torch.Tensor, ...], **options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "v_dim"), [(1, 16), (16, 63), (63, 80), (80, 1), (127, 127), (192, 128), (576, 512)]
+    ("dim", "v_dim"),
+    [(1, 16), (2, 16), (16, 63), (63, 80), (80, 1), (126, 126), (127, 127), (192, 128), (576, 512)],
 )
 def test_any_dimension(dim: int, v_dim: int) -> None:
     _assert_agrees(_qkv(33, 150, 4, 2, dim, v_dim), causal=True)
