@@ -25,6 +25,9 @@ import torch
 BACKENDS = ("naive", "torch", "triton", "cpu", "cuda")
 """The backend names, the same in the API, the tests, the benchmarks, the CLI and the reports."""
 
+_ELSEWHERE = {"cpu": ("triton", "cuda"), "cuda": ("cpu",)}
+"""By device, the backends that are made for another one."""
+
 _EVERY_OP = "*"
 
 
@@ -124,8 +127,7 @@ class Op:
 
     def backends_on(self, device: str) -> tuple[str, ...]:
         """Those of them that are made for "cpu" or "cuda"."""
-        others = ("cpu",) if device == "cuda" else ("triton", "cuda")
-        return tuple(name for name in self.backends if name not in others)
+        return tuple(name for name in self.backends if name not in _ELSEWHERE[device])
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         """Run the call on `backend`. The arguments have been checked already."""
@@ -136,9 +138,14 @@ class Op:
         if backend == "auto":
             backend = requested_backend(self.name)
         if backend == "auto":
+            # What would refuse for the device alone is not asked: its answer costs a microsecond.
+            is_on_cpu = args and isinstance(args[0], torch.Tensor) and args[0].is_cpu
+            elsewhere = _ELSEWHERE["cpu"] if is_on_cpu else ()
             for impl in self.impls:
-                if impl.refuses(args, kwargs) is None and (
-                    impl.why_not_auto is never or impl.why_not_auto(*args, **kwargs) is None
+                if (
+                    impl.name not in elsewhere
+                    and impl.refuses(args, kwargs) is None
+                    and (impl.why_not_auto is never or impl.why_not_auto(*args, **kwargs) is None)
                 ):
                     return impl
         for impl in self.impls:

@@ -112,7 +112,10 @@ def _forward(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     contract = operators.FLASH_ATTENTION_VARLEN if ragged else operators.FLASH_ATTENTION
-    return contract.op(q, k, v, *ragged, alibi_slopes, sinks, bias, *options, backend)
+    result: tuple[torch.Tensor, torch.Tensor] = contract(
+        q, k, v, *ragged, alibi_slopes, sinks, bias, *options, backend
+    )
+    return result
 
 
 class _Attention(torch.autograd.Function):
@@ -148,7 +151,7 @@ class _Attention(torch.autograd.Function):
             else operators.FLASH_ATTENTION_BACKWARD
         )
         needs_grad_bias = ctx.needs_input_grad[4]
-        grad_q, grad_k, grad_v, grad_sinks, grad_bias = contract.op(
+        grad_q, grad_k, grad_v, grad_sinks, grad_bias = contract(
             torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
             out,

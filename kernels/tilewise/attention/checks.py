@@ -36,11 +36,11 @@ def check_flash_attention(
     validate: bool = False,
 ) -> None:
     """Raise ValueError or TypeError where `flash_attention` cannot take the arguments."""
-    check_heads(q, k, v, "batch seqlen_q heads head_dim", "batch seqlen_k kv_heads {}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}: batch must be q's, {q.shape[0]}, got {x.shape[0]}")
+    check_heads(q, k, v, "batch seqlen_q heads head_dim", "batch seqlen_k kv_heads")
     batch, q_len, heads, _ = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != batch:
+            raise ValueError(f"{name}: batch must be q's, {batch}, got {x.shape[0]}")
     check_options(
         q,
         batch,
@@ -53,7 +53,8 @@ def check_flash_attention(
         return_lse=return_lse,
         batch_invariant=batch_invariant,
     )
-    check_bias(bias, q, (batch, heads, q_len, k.shape[1]), "(batch, heads, seqlen_q, seqlen_k)")
+    if bias is not None:
+        check_bias(bias, q, (batch, heads, q_len, k.shape[1]), "(batch, heads, seqlen_q, seqlen_k)")
 
 
 def check_flash_attention_varlen(
@@ -77,7 +78,7 @@ def check_flash_attention_varlen(
     validate: bool = False,
 ) -> None:
     """Raise ValueError or TypeError where `flash_attention_varlen` cannot take the arguments."""
-    check_heads(q, k, v, "tokens_q heads head_dim", "tokens_k kv_heads {}")
+    check_heads(q, k, v, "tokens_q heads head_dim", "tokens_k kv_heads")
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if len(cu_seqlens_k) != len(cu_seqlens_q):
@@ -102,10 +103,12 @@ def check_flash_attention_varlen(
         return_lse=return_lse,
         batch_invariant=batch_invariant,
     )
-    columns = max_seqlen_k
-    if columns is None and isinstance(bias, torch.Tensor) and bias.dim() > 0:
-        columns = bias.shape[-1]
-    check_bias(bias, q, (q.shape[1], q.shape[0], columns or 0), "(heads, tokens_q, max_seqlen_k)")
+    if bias is not None:
+        columns = max_seqlen_k
+        if columns is None and isinstance(bias, torch.Tensor) and bias.dim() > 0:
+            columns = bias.shape[-1]
+        shape = (q.shape[1], q.shape[0], columns or 0)
+        check_bias(bias, q, shape, "(heads, tokens_q, max_seqlen_k)")
     if validate:
         validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", len(q), max_seqlen_q, "max_seqlen_q")
         validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", len(k), max_seqlen_k, "max_seqlen_k")
@@ -157,26 +160,29 @@ def check_heads(
     Args:
         q, k, v: (..., heads, head_dim), (..., kv_heads, head_dim), (..., kv_heads, v_head_dim).
         q_dims: the names of q's dimensions.
-        kv_dims: those of k and v, with {} for the last.
+        kv_dims: those of k and v, without the last.
     """
     checks.has_dtype("q", q, checks.FLOATS)
     checks.has_dims("q", q, q_dims)
-    for name, x, last in (("k", k, "head_dim"), ("v", v, "v_head_dim")):
-        checks.like(name, x, "q", q)
-        checks.has_dims(name, x, kv_dims.format(last))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            wanted = f"<= {MAX_HEAD_DIM}" if x.shape[-1] else ">= 1"
-            raise ValueError(f"{name}: head_dim must be {wanted}, got {x.shape[-1]}")
+    checks.like("k", k, "q", q)
+    checks.has_dims("k", k, kv_dims + " head_dim")
+    checks.like("v", v, "q", q)
+    checks.has_dims("v", v, kv_dims + " v_head_dim")
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    for name, x, width in (("q", q, q_shape[-1]), ("k", k, k_shape[-1]), ("v", v, v_shape[-1])):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            wanted = f"<= {MAX_HEAD_DIM}" if width else ">= 1"
+            raise ValueError(f"{name}: head_dim must be {wanted}, got {width}")
         checks.has_unit_last_stride(name, x)
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k: head_dim must be q's, {q.shape[-1]}, got {k.shape[-1]}")
-    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if k_shape[-1] != q_shape[-1]:
+        raise ValueError(f"k: head_dim must be q's, {q_shape[-1]}, got {k_shape[-1]}")
+    heads, kv_heads = q_shape[-2], k_shape[-2]
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise ValueError(f"q: heads must be a multiple of k's kv_heads, {kv_heads}, got {heads}")
-    for i, dim in ((-3, kv_dims.split()[-3]), (-2, "kv_heads")):
-        if v.shape[i] != k.shape[i]:
-            raise ValueError(f"v: {dim} must be k's, {k.shape[i]}, got {v.shape[i]}")
+    for i in (-3, -2):
+        if v_shape[i] != k_shape[i]:
+            dim = kv_dims.split()[i + 1]
+            raise ValueError(f"v: {dim} must be k's, {k_shape[i]}, got {v_shape[i]}")
 
 
 def check_options(
@@ -214,6 +220,8 @@ def check_options(
         is_integer("window", side)
         if side < -1:
             raise ValueError(f"window: must be >= -1 on both sides, got {tuple(window)}")
+    if alibi_slopes is None and sinks is None:
+        return
     heads = q.shape[-2]
     if alibi_slopes is not None:
         checks.has_dtype("alibi_slopes", alibi_slopes, _SLOPE_DTYPES)
@@ -231,12 +239,8 @@ def check_options(
         checks.has_shape("sinks", sinks, (heads,), "q's heads")
 
 
-def check_bias(
-    bias: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, ...], names: str
-) -> None:
+def check_bias(bias: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...], names: str) -> None:
     """Raise unless `bias` broadcasts to `shape`, whose dimensions `names` names."""
-    if bias is None:
-        return
     checks.has_dtype("bias", bias, _BIAS_DTYPES)
     checks.on_device_of("bias", bias, "q", q)
     fits = bias.dim() <= len(shape) and all(

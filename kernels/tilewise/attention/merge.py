@@ -19,14 +19,14 @@ def merge_states(
     states = (out_a, lse_a, out_b, lse_b)
     if needs_grad(*states):
         return _MergeStates.apply(backend, *states)
-    merged: tuple[torch.Tensor, torch.Tensor] = MERGE_STATES.op(*states, backend)
+    merged: tuple[torch.Tensor, torch.Tensor] = MERGE_STATES(*states, backend)
     return merged
 
 
 class _MergeStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = MERGE_STATES.op(*states, backend)
+        out, lse = MERGE_STATES(*states, backend)
         ctx.save_for_backward(*states, lse)
         return out, lse
 

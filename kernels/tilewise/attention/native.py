@@ -14,6 +14,7 @@ from tilewise.attention.operators import (
     FLASH_ATTENTION_VARLEN_BACKWARD,
     MERGE_STATES,
 )
+from tilewise.fused.rows import empty_like
 
 
 def why_not(q: torch.Tensor, *others: Any, **options: Any) -> str | None:
@@ -39,7 +40,8 @@ def _flash_attention_varlen(
     max_seqlen_k: int | None,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return attend(q, k, v, (None, None, cu_seqlens_q, cu_seqlens_k, None, None), *options)
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    return attend(q, k, v, (None, None, *ends, None, None), *options)
 
 
 def attend(
@@ -59,17 +61,19 @@ def attend(
     v_head_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and lse. `places` is k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table,
-    cache_seqlens; `v_head_dim` is v's last dimension unless v is packed.
+    cache_seqlens, all contiguous; `v_head_dim` is v's last dimension unless v is packed.
 
     The kernels are always batch invariant.
     """
-    out = q.new_empty((*q.shape[:-1], v.shape[-1] if v_head_dim is None else v_head_dim))
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    shape = q.shape
+    v_dim = v.shape[-1] if v_head_dim is None else v_head_dim
+    out = empty_like(q) if v_dim == shape[-1] else q.new_empty((*shape[:-1], v_dim))
+    lse = q.new_empty(shape[:-1], dtype=torch.float32)
     native.cpu_ops().attention(
         cpu.unit_stride(q),
         cpu.unit_stride(k),
         cpu.unit_stride(v),
-        *(None if x is None else x.contiguous() for x in places),
+        *places,
         *extras(alibi_slopes, sinks, bias),
         causal,
         scale,
@@ -86,6 +90,8 @@ def extras(
     alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """Slopes and sinks as float32, the bias as it is where it is a mask."""
+    if alibi_slopes is None and sinks is None and bias is None:
+        return None, None, None
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.float()
     return (

@@ -73,7 +73,7 @@ def _forward(
     options: tuple[Any, ...],
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    result: tuple[torch.Tensor, torch.Tensor] = PAGED_ATTENTION.op(
+    result: tuple[torch.Tensor, torch.Tensor] = PAGED_ATTENTION(
         q, k_cache, v_cache, *places, *options, sinks, bias, batch_invariant, backend
     )
     return result
@@ -138,7 +138,7 @@ def append_kv(
 ) -> None:
     """The naive function of this name, by the kernel of `backend`; it has no gradient."""
     cos, sin, interleaved = (None, None, False) if rotary is None else rotary
-    APPEND_KV.op(
+    APPEND_KV(
         k,
         v,
         k_cache,

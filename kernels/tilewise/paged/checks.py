@@ -91,8 +91,9 @@ def check_paged_attention(
         return_lse=return_lse,
         batch_invariant=batch_invariant,
     )
-    capacity = block_table.shape[1] * k_cache.shape[1]
-    check_bias(bias, q, (heads, tokens, capacity), f"(heads, {rows}, max_pages * page_size)")
+    if bias is not None:
+        capacity = block_table.shape[1] * k_cache.shape[1]
+        check_bias(bias, q, (heads, tokens, capacity), f"(heads, {rows}, max_pages * page_size)")
     if validate:
         _validate_requests(k_cache, block_table, cache_seqlens, cu_seqlens_q, tokens)
 
@@ -151,26 +152,28 @@ def _check_caches(
 ) -> None:
     checks.has_dtype("k_cache", k_cache, kv_formats.STORED)
     checks.has_dims("k_cache", k_cache, "pages page_size kv_heads head_dim")
+    checks.on_device_of("k_cache", k_cache, other_name, other)
     checks.like("v_cache", v_cache, "k_cache", k_cache)
     checks.has_dims("v_cache", v_cache, "pages page_size kv_heads v_head_dim")
-    for size, dim in zip(k_cache.shape, ("pages", "page_size", "kv_heads"), strict=False):
-        if size < 1:
-            raise ValueError(f"k_cache: {dim} must be >= 1, got {size}")
-    shared = tuple(k_cache.shape[:3])
-    checks.has_shape(
-        "v_cache", v_cache, (*shared, v_cache.shape[3]), "k_cache's pages, page_size and kv_heads"
-    )
+    shared, of_v = k_cache.shape[:3], v_cache.shape
+    if min(shared) < 1:
+        names = ("pages", "page_size", "kv_heads")
+        dim, size = next((d, n) for d, n in zip(names, shared, strict=True) if n < 1)
+        raise ValueError(f"k_cache: {dim} must be >= 1, got {size}")
+    if of_v[:3] != shared:
+        wanted = "k_cache's pages, page_size and kv_heads"
+        checks.has_shape("v_cache", v_cache, (*shared, of_v[3]), wanted)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.on_device_of(name, cache, other_name, other)
         checks.has_unit_last_stride(name, cache)
-        if not 1 <= kv_formats.elements(cache) <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name}: head_dim must be from 1 to {MAX_HEAD_DIM}, "
-                f"got {kv_formats.elements(cache)}"
-            )
+        head_dim = kv_formats.elements(cache)
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: head_dim must be from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    is_quantized = kv_formats.is_quantized(k_cache.dtype)
+    if not is_quantized and k_scale is None and v_scale is None:
+        return
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         stored = str(k_cache.dtype).removeprefix("torch.")
-        if not kv_formats.is_quantized(k_cache.dtype):
+        if not is_quantized:
             if scale is not None:
                 raise ValueError(f"{name}: must be None for {stored} caches, got a tensor")
             continue
@@ -178,7 +181,7 @@ def _check_caches(
             raise ValueError(f"{name}: must be given for {stored} caches, got None")
         checks.has_dtype(name, scale, (torch.float32, torch.float64))
         checks.on_device_of(name, scale, other_name, other)
-        checks.has_shape(name, scale, shared, "k_cache's pages, page_size and kv_heads")
+        checks.has_shape(name, scale, tuple(shared), "k_cache's pages, page_size and kv_heads")
 
 
 def _check_width(name: str, head_dim: int, cache_name: str, cache: torch.Tensor) -> None:
