@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tilewise.benchmarks import measure as measuring
+from tilewise.benchmarks import timing
 from tilewise.benchmarks.calls import last_queries, norm, prefill
-from tilewise.benchmarks.measure import Bench, Row, clock, compare, measure, rounds_of
+from tilewise.benchmarks.measure import Bench, Row, compare, measure
+from tilewise.benchmarks.models import GPT2
+from tilewise.benchmarks.timing import clock, rounds_of
 from tilewise.benchmarks.workload import Workload
-from tilewise.benchmarks.workloads import GPT2
 from tilewise.dispatch import OPS, Impl
 from tilewise.fused import naive as definition
 from tilewise.testing import assert_agrees
@@ -105,7 +107,7 @@ def test_calls_take_turns():
 
 def test_rounds_go_on_until_the_time_is_up(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(measuring, "clock", lambda: next(now))
+    monkeypatch.setattr(timing, "clock", lambda: next(now))
     times = rounds_of({"a": lambda: None}, seconds=30, min_rounds=2)
     assert 2 < len(times["a"]) < 20
     assert set(times["a"]) == {1}

@@ -110,7 +110,7 @@ _MAX_WORKSPACE = 1 << 26
 """Floats of partial results, 256 MB. A batch that needs more is large enough to fill a GPU with
 fewer splits, unless its bits may not depend on it."""
 
-_SHARED_MEMORY = {"sm_80": 160, "sm_90": 220, "sm_100": 220, "gfx942": 64}
+_SHARED_MEMORY = {"sm_80": 160, "sm_86": 96, "sm_90": 220, "sm_100": 220, "gfx942": 64}
 """KB that a program may use."""
 
 
@@ -157,6 +157,7 @@ def _config(
     # Registers are what runs out first.
     is_crowded = row >= 1024 or has_bias
     is_crowded |= architecture == "sm_80" and m >= 64 and stored_row != row
+    is_crowded |= architecture == "sm_86" and m >= 64
     n, num_stages = next(
         (
             (n, num_stages)

@@ -87,6 +87,14 @@ _HOPPER = Config(
 )
 CONFIGS = {
     "sm_80": _AMPERE,
+    "sm_86": _AMPERE._replace(
+        tiles=(
+            Tile(64, 16, 128, 4, 4),
+            Tile(64, 32, 128, 4, 3),
+            Tile(64, 64, 128, 8, 2),
+            Tile(64, 128, 128, 8, 2),
+        )
+    ),
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
     "gfx942": Config(
