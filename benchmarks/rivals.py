@@ -60,8 +60,9 @@ def rivals_of(op: str, device: str) -> dict[str, Rival]:
 def only_plain(arguments: dict[str, Any], *names: str) -> str | None:
     """Why a rival that knows no more than these arguments does not take the call."""
     for name, value in arguments.items():
-        is_default = value is None or value is False or value in (0.0, (-1, -1))
-        if name not in names and (isinstance(value, torch.Tensor) or not is_default):
+        if name in names:
+            continue
+        if isinstance(value, torch.Tensor) or value not in (None, False, 0.0, (-1, -1)):
             return f"is compared without {name}"
     return None
 

@@ -20,7 +20,7 @@ from tilewise.dispatch import Cost
 
 _MIB = 2**20
 _BUFFER_BYTES = (1 * _MIB, 32 * _MIB, 256 * _MIB)
-_GPU_BUFFER_BYTES = 1024 * _MIB  # twenty times the cache of any GPU: benchmarks start with a cold one
+_GPU_BUFFER_BYTES = 1024 * _MIB  # many times its cache, which benchmarks find cold
 
 
 @dataclass(frozen=True)
