@@ -6,12 +6,12 @@ lengths, tables and slots have changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from tilewise import gpu
+from tilewise import gpu, tuning
 from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient
@@ -114,8 +114,7 @@ _SHARED_MEMORY = {"sm_80": 160, "sm_86": 96, "sm_90": 220, "sm_100": 220, "gfx94
 """KB that a program may use."""
 
 
-@dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     """How a launch is cut: rows and keys of a tile, and what Triton needs to know."""
 
     m: int
@@ -290,7 +289,13 @@ def _paged_attention(
         config = _config(
             architecture, m, row, stored, q_row, is_small=is_small, has_bias=bias is not None
         )
-        return config if has_tensor_cores else replace(config, n=16, num_stages=1)
+        if not has_tensor_cores:
+            return config._replace(n=16, num_stages=1)
+        name = (
+            f"paged attention, {'small' if is_small else 'large'} requests, {config.m} rows, "
+            f"{row} bytes of {dtype} from {stored}{', bias' * (bias is not None)}"
+        )
+        return tuning.chosen(q, name, config, {"n": 16})
 
     # Requests of few rows.
     small_rows = max(_SMALL_ROWS, group) if is_ragged else group
