@@ -102,6 +102,14 @@ def last_queries(count: int) -> Part:
     )
 
 
+def first_head() -> Part:
+    """The first head of the first batch row, of calls without grouped heads."""
+    return Part(
+        lambda arguments: arguments | {name: arguments[name][:1, :, :1] for name in "qkv"},
+        lambda result: result[:1, :, :1],
+    )
+
+
 def _first(arguments: dict[str, Any], names: str) -> dict[str, Any]:
     return {name: arguments[name][:1] for name in names}
 
@@ -140,6 +148,39 @@ def paged_decode(
         return {"q": q, **cache, "causal": True}
 
     return make
+
+
+def shared_prefix_decode(
+    model: GPTConfig, prefix: int, own: int, *, batch: int, page_size: int = 16
+) -> Make:
+    """One new token for each of many sequences that begin with the same pages."""
+
+    def make(inputs: Inputs) -> dict[str, Any]:
+        shared, apart = -(-prefix // page_size), -(-own // page_size)
+        pages = inputs.permutation(shared + batch * apart, dtype=torch.int32)
+        first = pages[:shared].expand(batch, shared)
+        shape = (len(pages), page_size, model.kv_heads, model.head_dim)
+        return {
+            "q": inputs.randn(batch, model.heads, model.head_dim),
+            "k_cache": inputs.randn(*shape),
+            "v_cache": inputs.randn(*shape),
+            "block_table": torch.cat([first, pages[shared:].reshape(batch, apart)], dim=1),
+            "cache_seqlens": inputs.tensor([shared * page_size + own] * batch, torch.int32),
+            "causal": True,
+        }
+
+    return make
+
+
+def first_requests(count: int) -> Part:
+    """The first requests of a batch in a paged or a contiguous cache."""
+    of_requests = ("q", "block_table", "cache_seqlens", "k", "v")
+    return Part(
+        lambda arguments: (
+            arguments | {name: arguments[name][:count] for name in of_requests if name in arguments}
+        ),
+        lambda result: result[:count],
+    )
 
 
 def paged_prefill(model: GPTConfig, chunk: int, context: int, *, page_size: int = 16) -> Make:

@@ -1,8 +1,9 @@
 """pytest-benchmark, bent to compare rivals: `pytest benchmarks`.
 
-A benchmark is a workload and a backend; a group is a workload. Nothing is timed before it has been
-checked, and naive and torch run once between any two rounds of what is timed, so that ratios come
-from one run. `--benchmark-disable` checks and runs every benchmark once without timing it.
+A benchmark is a workload and a backend, or on a GPU a rival; a group is a workload. Nothing is
+timed before it has been checked, and naive and torch run once between any two rounds of what is
+timed, so that ratios come from one run. `--benchmark-disable` checks and runs every benchmark once
+without timing it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from tilewise.benchmarks.host import devices, host, versions
-from tilewise.benchmarks.measure import MAX_ROUNDS, Bench, Row, clock
+from tilewise.benchmarks.measure import Bench, Row
 from tilewise.benchmarks.report import Report, print_report
+from tilewise.benchmarks.rivals import rivals_of
+from tilewise.benchmarks.timing import MAX_ROUNDS, clock
 from tilewise.benchmarks.tokens import TokenRate
 from tilewise.benchmarks.workload import Workload
 from tilewise.benchmarks.workloads import all_workloads
@@ -40,7 +43,7 @@ def _workloads() -> dict[str, Workload]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give every `bench_*` the workloads of its module's `OPERATIONS`, each on every backend."""
+    """Give every `bench_*` the workloads of its module's `OPERATIONS`, each on all that run it."""
     if "workload" not in metafunc.fixturenames:
         return
     params = []
@@ -50,7 +53,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marks = [pytest.mark.benchmark(group=id, timer=clock)]
         if workload.device != "cpu":
             marks.append(pytest.mark.gpu)
-        for backend in reversed(OPS[workload.op].backends_on(workload.device)):
+        backends = reversed(OPS[workload.op].backends_on(workload.device))
+        for backend in (*backends, *rivals_of(workload.op, workload.device)):
             params.append(pytest.param(id, backend, marks=marks, id=f"{id}-{backend}"))
     metafunc.parametrize(("workload", "backend"), params)
 
@@ -80,25 +84,27 @@ def run(benchmark: BenchmarkFixture, pytestconfig: pytest.Config):
         if benchmark.disabled:
             benchmark.pedantic(call)
             return
-        rivals = {rival: bench.call(rival) for rival in bench.rivals(backend)}
-        times: dict[str, list[float]] = {rival: [] for rival in rivals}
+        baselines = {name: bench.call(name) for name in bench.baselines(backend)}
+        times: dict[str, list[float]] = {name: [] for name in baselines}
 
-        def run_rivals() -> None:
-            for rival, rival_call in rivals.items():
+        def run_baselines() -> None:
+            for name, baseline in baselines.items():
                 start = clock()
-                rival_call()
-                times[rival].append(clock() - start)
+                baseline()
+                times[name].append(clock() - start)
 
         start = clock()
-        run_rivals()
+        run_baselines()
         call()
         round_seconds = clock() - start
-        for rival_times in times.values():
-            rival_times.clear()  # that was the warm-up
+        for baseline_times in times.values():
+            baseline_times.clear()  # that was the warm-up
         rounds = _rounds(pytestconfig, round_seconds)
-        benchmark.pedantic(call, setup=run_rivals, rounds=rounds)
+        benchmark.pedantic(call, setup=run_baselines, rounds=rounds)
         times[backend] = benchmark.stats.stats.data
-        benchmark.extra_info.update(bench.row(backend, times=times).as_dict())
+        device_times = bench.device_times((*baselines, backend))
+        row = bench.row(backend, times=times, device_times=device_times)
+        benchmark.extra_info.update(row.as_dict())
         benchmark.extra_info["versions"] = versions()
 
     return run

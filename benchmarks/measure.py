@@ -1,14 +1,13 @@
 """Timing an operation, and only ever a right one.
 
 No time is taken before the very call that is timed has been held to the agreement rule: a wrong
-kernel can be arbitrarily fast. Rivals are timed in turn, round by round, so that a machine that
-slows down or wakes up half-way treats all of them alike; ratios are ratios of medians from one run.
+kernel can be arbitrarily fast.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 
 from tilewise import machine
+from tilewise.benchmarks.rivals import Function, rivals_of
+from tilewise.benchmarks.timing import on_device, rounds_of
 from tilewise.benchmarks.workload import Workload
 from tilewise.dispatch import OPS, Cost
 from tilewise.testing import (
@@ -26,38 +27,17 @@ from tilewise.testing import (
     assert_agrees,
     floor_of,
     public_function,
-    run_case,
+    run_function,
     to_float64,
+    upstream_of,
 )
 
-MIN_ROUNDS = 3
-MAX_ROUNDS = 500
+_BASELINES = ("naive", "torch")
 _WRONG = "does not agree: "
 
-
-def clock() -> float:
-    """Seconds now, read when every GPU that this process uses has finished its work."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def rounds_of(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float, min_rounds: int = MIN_ROUNDS
-) -> dict[str, list[float]]:
-    """Time the calls in turn for about `seconds`; returns every call's times in seconds."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start = clock()
-    for done in range(MAX_ROUNDS):
-        if done >= min_rounds and clock() - start > seconds:
-            break
-        for name, call in calls.items():
-            before = clock()
-            call()
-            times[name].append(clock() - before)
-    return times
+_RIVALS_ERROR = 0.02
+"""A rival is judged as if the definition itself were off by this much. It keeps another rule than
+ours, if any; a layout that was misunderstood is off by far more."""
 
 
 # --- a result -------------------------------------------------------------------------------------
@@ -68,15 +48,17 @@ class Row:
     """What one backend did with one workload.
 
     Args:
-        op, workload, dtype, device, backend: what ran.
+        op, workload, dtype, device, backend: what ran; `backend` may be a rival's name.
         flops, bytes: the work that the call cannot avoid (`tilewise.dispatch.Cost`).
         roofline_seconds: the least time for that work at the measured ceilings of the device.
         compute_bound: whether it is the compute ceiling that sets that time.
         seconds: median time of a call; None if it did not run, for the given `reason`.
         spread: half the distance between the quartiles, in seconds.
+        device_seconds: median time of the GPU's work with a cold cache; None on the CPU.
         error: relative error of the worst row against float64.
         agreement: error over allowed error at the worst row; at most 1.
-        over_naive, over_torch: their time over ours in the same run, where they ran.
+        over_naive, over_torch: their time over ours in the same run, where they ran; on a GPU
+            that of its work.
     """
 
     op: str
@@ -91,20 +73,26 @@ class Row:
     reason: str | None = None
     seconds: float | None = None
     spread: float | None = None
+    device_seconds: float | None = None
     error: float | None = None
     agreement: float | None = None
     over_naive: float | None = None
     over_torch: float | None = None
 
     @property
+    def busy_seconds(self) -> float | None:
+        """What rates are taken from: the time of the GPU's work, or of the whole call."""
+        return self.seconds if self.device_seconds is None else self.device_seconds
+
+    @property
     def gbytes_per_second(self) -> float | None:
         """Unavoidable traffic over time, in GB/s."""
-        return self.bytes / self.seconds / 1e9 if self.seconds else None
+        return self.bytes / self.busy_seconds / 1e9 if self.busy_seconds else None
 
     @property
     def tflops(self) -> float | None:
         """Unavoidable work over time, in TFLOP/s."""
-        return self.flops / self.seconds / 1e12 if self.seconds else None
+        return self.flops / self.busy_seconds / 1e12 if self.busy_seconds else None
 
     @property
     def disagrees(self) -> bool:
@@ -114,7 +102,7 @@ class Row:
     @property
     def percent_of_ceiling(self) -> float | None:
         """How much of the measured roofline is reached, in percent."""
-        return 100 * self.roofline_seconds / self.seconds if self.seconds else None
+        return 100 * self.roofline_seconds / self.busy_seconds if self.busy_seconds else None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, derived figures included, ready for JSON."""
@@ -134,9 +122,9 @@ class Row:
 
 
 class Bench:
-    """A workload made real: its arguments, the truth, and a call for every backend.
+    """A workload made real: its arguments, the truth, and a call for every contestant.
 
-    The truth is computed once and shared by the backends that are compared.
+    The truth is computed once and shared by the backends and rivals that are compared.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -149,12 +137,21 @@ class Bench:
         )
         if workload.results is not None:
             self.case = replace(self.case, results=workload.results)
+        self.rivals = rivals_of(workload.op, workload.device)
+        self._functions: dict[str, Function] = {}
+        self._failures: dict[str, str | None] = {}
         self._checked: dict[str, Agreement] = {}
+        self._reference: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends that the operation has, the definition first."""
         return tuple(reversed(self.op.backends_on(self.workload.device)))
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """All that are compared: the backends, and then the rivals."""
+        return (*self.backends, *self.rivals)
 
     @cached_property
     def cost(self) -> Cost:
@@ -168,32 +165,55 @@ class Bench:
             cost = replace(cost, flops=2.5 * cost.flops, bytes=2 * cost.bytes)
         return cost
 
-    def why_not(self, backend: str) -> str | None:
-        """Why `backend` is not measured on this workload; None where it is."""
-        return self.op.reasons((), self.arguments)[backend] or self.workload.without.get(backend)
+    def why_not(self, name: str) -> str | None:
+        """Why a contestant is not measured on this workload; None where it is."""
+        if name not in self.rivals:
+            return self.op.reasons((), self.arguments)[name] or self.workload.without.get(name)
+        rival = self.rivals[name]
+        if self.workload.grad and not rival.is_differentiable:
+            return "has no backward pass"
+        return rival.why_not(self.arguments) or self._failure(name)
 
-    def call(self, backend: str) -> Callable[[], object]:
+    def _failure(self, name: str) -> str | None:
+        """How a rival fails if it does: its errors are not ours, and the others go on."""
+        if name not in self._failures:
+            try:
+                self.call(name)()
+                self._failures[name] = None
+            except Exception as error:
+                message = str(error).strip().partition("\n")[0]
+                self._failures[name] = f"fails with {type(error).__name__}: {message}"
+        return self._failures[name]
+
+    def _function(self, name: str) -> Function:
+        """What is called: the public function on a backend, or a rival's, prepared once."""
+        if name not in self.rivals:
+            return functools.partial(public_function(self.op), backend=name)
+        if name not in self._functions:
+            self._functions[name] = self.rivals[name].prepare(self.arguments)
+        return self._functions[name]
+
+    def call(self, name: str) -> Callable[[], object]:
         """The call that is timed: the public function, checks and dispatch included.
 
         With `Workload.grad` it is the backward pass, which starts from a forward pass made here.
         """
-        function = public_function(self.op)
-        arguments = self.arguments
+        function, arguments = self._function(name), self.arguments
         if self.workload.grad:
             leaves = [arguments[name].detach().requires_grad_() for name in self.workload.grad]
             named = dict(zip(self.workload.grad, leaves, strict=True))
-            out = function(**arguments | named, backend=backend)
+            out = function(**arguments | named)
             upstream = torch.randn_like(out)
             return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
         def call() -> object:
             with torch.no_grad():
-                return function(**arguments, backend=backend)
+                return function(**arguments)
 
         return call
 
-    def check(self, backend: str) -> Agreement:
-        """Hold `backend` to the agreement rule on the very call that is timed.
+    def check(self, name: str) -> Agreement:
+        """Hold a contestant to the agreement rule on the very call that is timed.
 
         Where the definition is too large to compute in float64, only the results that
         `Workload.part` picks are compared.
@@ -201,77 +221,113 @@ class Bench:
         Raises:
             AssertionError: where the rule is broken.
         """
-        if backend not in self._checked:
-            part = self.workload.part
-            actual = self._results(self.arguments, backend)
-            if part is not None:
-                actual = {name: part.pick(result) for name, result in actual.items()}
-            naive, truth = self._reference
-            agreements = [
-                assert_agrees(
-                    actual[name],
-                    naive[name],
-                    truth[name],
-                    name=f"{backend} {name}",
-                    floor=floor_of(self.case, name, truth[name]),
-                )
-                for name in truth
-            ]
-            self._checked[backend] = max(agreements, key=lambda agreement: agreement.ratio)
-        return self._checked[backend]
+        if name not in self._checked:
+            self._checked[name] = self.agreement(name)
+        return self._checked[name]
 
-    @cached_property
-    def _reference(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def agreement(self, name: str) -> Agreement:
+        """`check`, every time anew."""
         part = self.workload.part
-        arguments = part.reduce(self.arguments) if part else self.arguments
-        return self._results(arguments, "naive"), self._results(to_float64(arguments), "naive")
-
-    def _results(self, arguments: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
-        return run_case(self.case, arguments, backend, grad=bool(self.workload.grad))
-
-    def rivals(self, backend: str) -> list[str]:
-        """The backends that `backend` is compared with, itself left out."""
-        return [
-            rival
-            for rival in ("naive", "torch")
-            if rival != backend and rival in self.backends and self.why_not(rival) is None
+        actual = self._results(self.arguments, self._function(name))
+        if self._reference is None:
+            self._reference = self._define({key: x.shape for key, x in actual.items()})
+        if part is not None:
+            actual = {key: part.pick(result) for key, result in actual.items()}
+        naive, truth = self._reference
+        if name in self.rivals:
+            naive = {key: (x * (1 + _RIVALS_ERROR)).to(naive[key]) for key, x in truth.items()}
+        agreements = [
+            assert_agrees(
+                actual[key],
+                naive[key],
+                truth[key],
+                name=f"{name} {key}",
+                floor=floor_of(self.case, key, truth[key]),
+            )
+            for key in truth
         ]
+        return max(agreements, key=lambda agreement: agreement.ratio)
+
+    def _define(
+        self, shapes: Mapping[str, torch.Size]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The definition's results in the workload's dtype and in float64, or a part of them.
+
+        Args:
+            shapes: of the whole results, whose random gradients the part's are taken from.
+        """
+        naive, part, arguments = self._function("naive"), self.workload.part, self.arguments
+        upstream = None
+        if part is not None:
+            arguments = part.reduce(arguments)
+            outputs = {key: shape for key, shape in shapes.items() if not key.startswith("grad ")}
+            if self.workload.grad:
+                upstream = {key: part.pick(grad) for key, grad in upstream_of(outputs).items()}
+        return (
+            self._results(arguments, naive, upstream),
+            self._results(to_float64(arguments), naive, upstream),
+        )
+
+    def _results(
+        self,
+        arguments: dict[str, Any],
+        function: Function,
+        upstream: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        grad = bool(self.workload.grad)
+        return run_function(self.case, arguments, function, grad=grad, upstream=upstream)
+
+    def baselines(self, name: str) -> list[str]:
+        """The backends that a contestant is compared with in every run, itself left out."""
+        return [
+            baseline
+            for baseline in _BASELINES
+            if baseline != name and baseline in self.backends and self.why_not(baseline) is None
+        ]
+
+    def device_times(self, names: Iterable[str]) -> dict[str, float]:
+        """Seconds of the GPU's work for each of the names, timed in turn; none on the CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return on_device({name: self.call(name) for name in names})
 
     def row(
         self,
-        backend: str,
+        name: str,
         *,
         times: Mapping[str, list[float]] | None = None,
+        device_times: Mapping[str, float] | None = None,
         reason: str | None = None,
     ) -> Row:
-        """The result of `backend`, from times that were taken in turn or with why there are none.
+        """The result of a contestant, from times taken in turn or with why there are none.
 
         Raises:
-            AssertionError: for times of a backend that does not agree.
+            AssertionError: for times of one that does not agree.
         """
         ceilings = machine.ceilings(self.device)
         roofline = ceilings.seconds(self.cost)
         compute = self.cost.flops / ceilings.flops_of(self.cost.dtype)
         measured: dict[str, Any] = {}
         if times is not None:
-            agreement = self.check(backend)
-            mine = times[backend]
-            seconds = statistics.median(mine)
+            agreement = self.check(name)
+            medians = {other: statistics.median(taken) for other, taken in times.items()}
+            compared = device_times or medians
             measured = {
-                "seconds": seconds,
-                "spread": _half_quartile_range(mine),
+                "seconds": medians[name],
+                "spread": _half_quartile_range(times[name]),
+                "device_seconds": device_times[name] if device_times else None,
                 "error": agreement.relative_error,
                 "agreement": agreement.ratio,
             }
-            for rival in ("naive", "torch"):
-                if rival in times:
-                    measured[f"over_{rival}"] = statistics.median(times[rival]) / seconds
+            for baseline in _BASELINES:
+                if baseline in compared:
+                    measured[f"over_{baseline}"] = compared[baseline] / compared[name]
         return Row(
             op=self.op.name,
             workload=self.workload.name,
             dtype=str(self.workload.dtype).removeprefix("torch."),
             device=str(self.device),
-            backend=backend,
+            backend=name,
             flops=self.cost.flops,
             bytes=self.cost.bytes,
             roofline_seconds=roofline,
@@ -294,36 +350,36 @@ def _half_quartile_range(times: list[float]) -> float:
 def compare(
     workload: Workload, backends: Iterable[str] | None = None, *, seconds: float = 1.0
 ) -> list[Row]:
-    """Check the backends of a workload, then time those that agree, in turn.
+    """Check the contestants of a workload, then time those that agree, in turn.
 
     Args:
         workload: what to run.
-        backends: some of the operation's backends; all by default. `naive` and `torch` are timed
-            in any case, since the others are compared with them.
+        backends: some of the contestants; all by default. `naive` and `torch` are timed in any
+            case, since the others are compared with them.
         seconds: how long to time all of them together.
 
     Returns:
-        One row per backend, the definition first; a backend that cannot run or does not agree has
-        a row with the reason and no time.
+        One row per contestant, the definition first; one that cannot run or does not agree has a
+        row with the reason and no time.
     """
     bench = Bench(workload)
-    wanted = [name for name in bench.backends if backends is None or name in backends]
+    wanted = [name for name in bench.contestants if backends is None or name in backends]
     refused: dict[str, str] = {}
-    for backend in dict.fromkeys((*wanted, "naive", "torch")):
-        reason = bench.why_not(backend) or _disagreement(bench, backend)
+    for name in dict.fromkeys((*wanted, *_BASELINES)):
+        reason = bench.why_not(name) or _disagreement(bench, name)
         if reason is not None:
-            refused[backend] = reason
-    calls = {
-        backend: bench.call(backend)
-        for backend in dict.fromkeys(("naive", "torch", *wanted))
-        if backend not in refused
-    }
-    times = rounds_of(calls, seconds=seconds) if set(wanted) & calls.keys() else {}
+            refused[name] = reason
+    names = [name for name in dict.fromkeys((*_BASELINES, *wanted)) if name not in refused]
+    times: dict[str, list[float]] = {}
+    device_times: dict[str, float] = {}
+    if set(wanted) & set(names):
+        times = rounds_of({name: bench.call(name) for name in names}, seconds=seconds)
+        device_times = bench.device_times(names)
     return [
-        bench.row(backend, reason=refused[backend])
-        if backend in refused
-        else bench.row(backend, times=times)
-        for backend in wanted
+        bench.row(name, reason=refused[name])
+        if name in refused
+        else bench.row(name, times=times, device_times=device_times)
+        for name in wanted
     ]
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from tilewise.benchmarks.calls import first_rows, quantized
-from tilewise.benchmarks.measure import Bench, clock, rounds_of
+from tilewise.benchmarks.measure import Bench
+from tilewise.benchmarks.timing import clock, rounds_of
 from tilewise.benchmarks.workload import Workload
 from tilewise.quant import baseline
 from tilewise.quant.cases import gguf_weight

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tilewise.benchmarks.peers import SHORT_PROMPT, Score
 from tilewise.benchmarks.peers_products import Product
-from tilewise.benchmarks.report import Report, duration, flops, make_table, markdown, ratio
+from tilewise.benchmarks.report import Report, duration, flops, make_table, ratio
+from tilewise.benchmarks.report_markdown import markdown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-"""The lines of a document between which `splice` puts the Markdown."""
-
 
 class ReportError(ValueError):
     """A file is not a report, or has no place for one; the message says why in one line."""
@@ -143,7 +140,7 @@ def error(row: Row) -> str:
 
 
 def by_workload(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, list[Row]]]:
-    """(operation, workload, dtype, its rows with the definition first), in order."""
+    """(operation, workload, dtype, its rows: the definition first, rivals last), in order."""
 
     def key(row: Row) -> tuple[str, str, str, str]:
         return row.op, row.workload, row.dtype, row.device
@@ -158,7 +155,7 @@ def by_workload(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, list[Row]]
         key=lambda row: (
             first_seen[(row.op,)],
             first_seen[key(row)],
-            BACKENDS.index(row.backend),
+            BACKENDS.index(row.backend) if row.backend in BACKENDS else len(BACKENDS),
         )
     )
     for (op, workload, dtype, _), group in groupby(rows, key):
@@ -179,6 +176,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 _LEGEND = (
+    "on GPU: the median time of its work, with a cold L2 cache; rates are taken from it; "
     "ceiling: the least time at this machine's measured ceilings over the time taken; "
     "vs naive, torch: their time over this one, taken in turn in one run; "
     "error: relative, of the worst row, against float64; float32 unless named otherwise"
@@ -187,9 +185,11 @@ _LEGEND = (
 
 def operations_table(rows: Iterable[Row]) -> Table:
     """A line per operation, one per workload below it, and one per backend below that."""
+    rows = list(rows)
+    on_gpu = has_device_times(rows)
     table = make_table("operations")
     table.add_column("", overflow="fold")
-    for heading in ("time", "rate", "ceiling", "vs naive", "vs torch", "error"):
+    for heading in ("time", *["on GPU"] * on_gpu, *_FIGURES):
         table.add_column(heading, justify="right", no_wrap=True)
     for op, workloads in groupby(by_workload(rows), lambda group: group[0]):
         if table.row_count:
@@ -198,8 +198,16 @@ def operations_table(rows: Iterable[Row]) -> Table:
         for _, workload, dtype, results in workloads:
             table.add_row(f" {title(workload, dtype)}")
             for row in results:
-                table.add_row(f"  [dim]{row.backend}[/]", *_cells(row))
+                table.add_row(f"  [dim]{row.backend}[/]", *_cells(row, on_gpu))
     return table
+
+
+_FIGURES = ("rate", "ceiling", "vs naive", "vs torch", "error")
+
+
+def has_device_times(rows: Iterable[Row]) -> bool:
+    """Whether any row was timed on a GPU."""
+    return any(row.device_seconds is not None for row in rows)
 
 
 def title(workload: str, dtype: str) -> str:
@@ -207,12 +215,15 @@ def title(workload: str, dtype: str) -> str:
     return workload if dtype == "float32" else f"{workload}, {dtype}"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, on_gpu: bool) -> list[str]:
     if row.seconds is None:
         return ["[red]wrong[/]" if row.disagrees else "[dim]did not run[/]"]
     over_naive = "" if row.backend == "naive" else ratio(row.over_naive)
     over_torch = "" if row.backend == "torch" else ratio(row.over_torch)
-    return [duration(row.seconds), rate(row), percent(row), over_naive, over_torch, error(row)]
+    times = [duration(row.seconds)]
+    if on_gpu:
+        times.append("" if row.device_seconds is None else duration(row.device_seconds))
+    return [*times, rate(row), percent(row), over_naive, over_torch, error(row)]
 
 
 def refusals(rows: Iterable[Row]) -> list[str]:
@@ -259,62 +270,6 @@ def make_table(title: str) -> Table:
     )
 
 
-# --- Markdown -------------------------------------------------------------------------------------
-
-
-def markdown(report: Report) -> str:
-    """One table of the operations, a row per workload, and one of the model."""
-    lines = [_machine(report.host), ""]
-    backends = [name for name in BACKENDS if any(row.backend == name for row in report.rows)]
-    if report.rows:
-        lines += _row("operation", "workload", *backends, "fastest at", "error")
-        lines += _row(*["---"] * 2, *["---:"] * (len(backends) + 2))
-    for op, workload, dtype, rows in by_workload(report.rows):
-        ran = {row.backend: row for row in rows if row.seconds is not None}
-        cells = [duration(ran[name].seconds or 0) if name in ran else "-" for name in backends]
-        fastest = min(ran.values(), key=lambda row: row.seconds or 0, default=None)
-        reached = ("-", "-")
-        if fastest is not None:
-            reached = (f"{rate(fastest)}, {percent(fastest)}", error(fastest))
-        lines += _row(f"`{op}`", title(workload, dtype), *cells, *reached)
-    if reasons := refusals(report.rows):
-        lines += ["", *(f"- {reason}" for reason in reasons)]
-    if report.model:
-        lines += ["", *_row("model", "backend", "test", "tokens/s"), *_row(*["---"] * 3, "---:")]
-        for result in report.model:
-            speed = f"{result.mean:.2f} ± {result.std:.2f}"
-            lines += _row(result.model, result.backend, result.test, speed)
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def _machine(host: dict[str, Any]) -> str:
-    ceilings = host["ceilings"]
-    bandwidth = max(ceilings["read_bandwidth"].items(), key=lambda item: int(item[0]))[1]
-    flops = ceilings["flops"]["float32"]
-    where = host["gpu"] if ceilings["device"] != "cpu" else host["processor"]
-    return (
-        f"{where}, {host['threads']} CPU threads, torch {host['versions']['torch']}; measured "
-        f"ceilings: {bandwidth / 1e9:.1f} GB/s from memory, {flops / 1e9:.0f} GFLOP/s in float32."
-    )
-
-
-def splice(text: str, table: str) -> str:
-    """`text` with `table` between its marker lines.
-
-    Raises:
-        ReportError: if the markers are not there, once each and in order.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ReportError(f"no line {BEGIN!r} with a line {END!r} after it")
-    return f"{before}{BEGIN}\n{table}{END}{after}"
-
-
 # --- the script -----------------------------------------------------------------------------------
 
 
@@ -326,6 +281,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--splice", metavar="FILE", help="put the Markdown into this document")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline")
     options = parser.parse_args(argv)
+    from tilewise.benchmarks.report_markdown import markdown, splice
+
     try:
         report = read(options.file)
         if options.splice:
@@ -348,4 +305,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # As a script this file is not the module that the others import, nor are its exceptions theirs.
+    from tilewise.benchmarks import report as module
+
+    sys.exit(module.main())

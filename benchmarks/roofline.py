@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLORS = dict(zip(BACKENDS, ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 _MARKERS = dict(zip(BACKENDS, "oD^sv", strict=True))
+_RIVALS = ("others", "#56B4E9", "x")
 
 
 def plot(report: Report, path: str | Path) -> None:
@@ -110,19 +111,23 @@ def _draw_points(axes: Axes, groups: list[tuple[Any, ...]]) -> None:
     labelled = set()
     for number, (*_, rows) in enumerate(groups, 1):
         intensity = rows[0].flops / rows[0].bytes
-        heights = [row.flops / row.seconds for row in rows]
+        heights = [row.flops / row.busy_seconds for row in rows]
         axes.plot([intensity] * len(rows), heights, color="#cccccc", linewidth=0.8, zorder=2)
         for row, height in zip(rows, heights, strict=True):
+            label, color, marker = _RIVALS
+            if row.backend in BACKENDS:
+                label = row.backend
+                color, marker = _COLORS[label], _MARKERS[label]
             axes.scatter(
                 intensity,
                 height,
                 s=26,
-                color=_COLORS[row.backend],
-                marker=_MARKERS[row.backend],
-                label=None if row.backend in labelled else row.backend,
+                color=color,
+                marker=marker,
+                label=None if label in labelled else label,
                 zorder=3,
             )
-            labelled.add(row.backend)
+            labelled.add(label)
         axes.annotate(
             str(number),
             (intensity, max(heights)),

@@ -2,7 +2,7 @@
 
 Prefill is bound by arithmetic and decoding by memory, and the models differ in what they share:
 SmolLM2-135M and Llama-3-8B have grouped queries (3 and 4 per key head), GPT-2 has none. The CPU
-table is sized so that two slow cores finish in a minute; the GPU table has the full sizes.
+table is sized so that two slow cores finish in a minute; `workloads_gpu.py` has the full sizes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from tilewise.benchmarks.calls import (
     written_caches,
 )
 from tilewise.benchmarks.grids import attention_backward_grid, attention_grid
+from tilewise.benchmarks.models import (
+    GPT2,
+    GRANITE_MOE,
+    LLAMA3,
+    MIXED_LENGTHS,
+    PER_CHANNEL,
+    SMOLLM2,
+)
 from tilewise.benchmarks.workload import Workload
-from tilewise.model.config import PRESETS
+from tilewise.benchmarks.workloads_gpu import on_gpu
 from tilewise.testing import Make
-
-SMOLLM2 = PRESETS["smollm2-135m"]
-GPT2 = PRESETS["gpt2"]
-LLAMA3 = PRESETS["llama-3-8b"]
-
-_MIXED_LENGTHS = (17, 64, 200, 33, 128, 70)
-_PER_CHANNEL: dict[str, Any] = {"group_size": -1, "symmetric": True}
-_GRANITE_MOE = {"dim": 1024, "ffn_dim": 512, "count": 32, "top_k": 8}  # Granite 3.0 1B-A400M
-_OLMOE = {"dim": 2048, "ffn_dim": 1024, "count": 64, "top_k": 8}  # OLMoE 1B-7B
 
 
 def _on_cpu(dtype: torch.dtype) -> list[Workload]:
@@ -68,8 +67,8 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload("flash_attention", "SmolLM2 decode at 8192", decode(SMOLLM2, 8192)),
         workload(
             "flash_attention_varlen",
-            f"SmolLM2 prefill of {len(_MIXED_LENGTHS)} prompts, 17-200",
-            ragged_prefill(SMOLLM2, _MIXED_LENGTHS),
+            f"SmolLM2 prefill of {len(MIXED_LENGTHS)} prompts, 17-200",
+            ragged_prefill(SMOLLM2, MIXED_LENGTHS),
         ),
         workload("merge_states", "Llama-3-8B, 64 tokens", merge(LLAMA3, 64)),
         workload("paged_attention", "SmolLM2 decode 8 x 512", paged_decode(SMOLLM2, 512, batch=8)),
@@ -96,7 +95,7 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload(
             "quantized_matmul",
             "Llama-3-8B decode 4096 x 4096, int8",
-            quantized(1, 4096, 4096, "int8", **_PER_CHANNEL),
+            quantized(1, 4096, 4096, "int8", **PER_CHANNEL),
             part=outputs,
         ),
         workload(
@@ -126,84 +125,8 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload("geglu", "Gemma-2B prefill 128", gated(128, 16384)),
         workload("sample", "Llama-3-8B batch 2, greedy", sampling(LLAMA3, 2, temperature=0.0)),
         workload("sample", "Llama-3-8B batch 2, top-p", sampling(LLAMA3, 2, top_p=0.9)),
-        workload("moe", "Granite-1B prefill 64", experts(64, **_GRANITE_MOE)),
-        workload("moe", "Granite-1B decode", experts(1, **_GRANITE_MOE)),
-    ]
-
-
-_TOO_LARGE = {"naive": "the score matrix would take more memory than there is"}
-
-
-def _on_gpu(dtype: torch.dtype) -> list[Workload]:
-    def workload(op: str, name: str, make: Make, **options: Any) -> Workload:
-        return Workload(op, name, make, dtype, "cuda", **options)
-
-    queries = last_queries(64)
-    rows = first_rows(64)
-    return [
-        workload("flash_attention", "GPT-2 prefill 8 x 1024", prefill(GPT2, 1024, batch=8)),
-        workload("flash_attention", "Llama-3-8B prefill 4096", prefill(LLAMA3, 4096), part=queries),
-        workload(
-            "flash_attention",
-            "Llama-3-8B prefill 8192",
-            prefill(LLAMA3, 8192),
-            part=queries,
-            without=_TOO_LARGE,
-        ),
-        workload(
-            "flash_attention",
-            "Llama-3-8B prefill 32768",
-            prefill(LLAMA3, 32768),
-            part=queries,
-            without=_TOO_LARGE,
-        ),
-        workload("flash_attention", "Llama-3-8B decode at 65536", decode(LLAMA3, 65536)),
-        workload(
-            "flash_attention_varlen",
-            f"Llama-3-8B prefill of {len(_MIXED_LENGTHS)} prompts, 17-200",
-            ragged_prefill(LLAMA3, _MIXED_LENGTHS),
-        ),
-        workload("merge_states", "Llama-3-8B, 8192 tokens", merge(LLAMA3, 8192)),
-        workload(
-            "paged_attention", "Llama-3-8B decode 32 x 4096", paged_decode(LLAMA3, 4096, batch=32)
-        ),
-        workload(
-            "paged_attention",
-            "Llama-3-8B decode 32 x 4096, int8",
-            paged_decode(LLAMA3, 4096, batch=32, kv_format="int8"),
-        ),
-        workload("paged_attention", "Llama-3-8B decode at 65536", paged_decode(LLAMA3, 65536)),
-        workload(
-            "paged_attention", "Llama-3-8B chunk 512 at 4096", paged_prefill(LLAMA3, 512, 4096)
-        ),
-        workload(
-            "append_kv", "Llama-3-8B, 8192 tokens", append(LLAMA3, 8192), results=written_caches
-        ),
-        *(
-            workload(
-                "quantized_matmul",
-                f"Llama-3-8B {tokens} x 4096 x 14336, {scheme}",
-                quantized(tokens, 4096, 14336, scheme, **options),
-                part=rows,
-            )
-            for tokens in (1, 16, 64, 4096)
-            for scheme, options in (("int4", {}), ("int8", _PER_CHANNEL))
-        ),
-        workload(
-            "quantized_embedding",
-            "Llama-3-8B prompt 8192, int4",
-            embedded(8192, LLAMA3.vocab_size, LLAMA3.dim, "int4"),
-        ),
-        workload(
-            "rms_norm", "Llama-3-8B prefill 8192, residual", norm(8192, LLAMA3.dim, residual=True)
-        ),
-        workload("layer_norm", "GPT-2 prefill 8 x 1024", norm(8192, GPT2.dim, bias=True)),
-        workload("rotary_embedding", "Llama-3-8B prefill 8192", rotary(LLAMA3, 8192)),
-        workload("swiglu", "Llama-3-8B prefill 8192", gated(8192, LLAMA3.ffn_dim)),
-        workload("geglu", "Gemma-2B prefill 8192", gated(8192, 16384)),
-        workload("sample", "Llama-3-8B batch 64, top-p", sampling(LLAMA3, 64, top_p=0.9)),
-        workload("moe", "OLMoE-1B-7B prefill 2048", experts(2048, **_OLMOE)),
-        workload("moe", "OLMoE-1B-7B decode", experts(1, **_OLMOE)),
+        workload("moe", "Granite-1B prefill 64", experts(64, **GRANITE_MOE)),
+        workload("moe", "Granite-1B decode", experts(1, **GRANITE_MOE)),
     ]
 
 
@@ -214,7 +137,7 @@ def all_workloads(device: str = "cpu") -> list[Workload]:
     forever, but for quantized weights, which PyTorch's own kernels take with bfloat16 alone.
     """
     if device == "cuda":
-        return _on_gpu(torch.bfloat16)
+        return on_gpu(torch.bfloat16)
     multiplies_bfloat16 = bool({"avx512_bf16", "amx_bf16"} & native.cpu_flags())
     narrow = [
         workload

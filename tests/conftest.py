@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tilewise import native
+from tilewise import gpu, native
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -64,6 +64,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> str:
     """Each device of this machine."""
     return request.param
+
+
+@pytest.fixture
+def on(device: str) -> str:
+    """The device, if Triton kernels run there: a GPU, or the CPU under Triton's interpreter."""
+    reason = gpu.why_not(torch.zeros(1, device=device))
+    if reason:
+        pytest.skip(f"triton: {reason}")
+    return device
 
 
 @pytest.fixture

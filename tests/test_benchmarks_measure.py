@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from tilewise.benchmarks import measure as measuring
-from tilewise.benchmarks.calls import last_queries, norm, prefill
-from tilewise.benchmarks.measure import Bench, Row, clock, compare, measure, rounds_of
+from tilewise.benchmarks import timing
+from tilewise.benchmarks.calls import first_head, last_queries, norm, prefill
+from tilewise.benchmarks.measure import Bench, Row, compare, measure
+from tilewise.benchmarks.models import GPT2
+from tilewise.benchmarks.rivals import Rival
+from tilewise.benchmarks.timing import clock, rounds_of
 from tilewise.benchmarks.workload import Workload
-from tilewise.benchmarks.workloads import GPT2
 from tilewise.dispatch import OPS, Impl
 from tilewise.fused import naive as definition
 from tilewise.testing import assert_agrees
@@ -105,7 +108,7 @@ def test_calls_take_turns():
 
 def test_rounds_go_on_until_the_time_is_up(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(measuring, "clock", lambda: next(now))
+    monkeypatch.setattr(timing, "clock", lambda: next(now))
     times = rounds_of({"a": lambda: None}, seconds=30, min_rounds=2)
     assert 2 < len(times["a"]) < 20
     assert set(times["a"]) == {1}
@@ -126,6 +129,77 @@ def test_the_clock_does_not_wake_a_gpu_that_is_not_used(monkeypatch):
     assert clock() > 0
 
 
+@pytest.fixture
+def add_rival(monkeypatch):
+    """Give rms_norm one rival for a test, as if the CPU were a GPU whose clock is made up."""
+
+    def add(prepare, *, why_not=lambda arguments: None, seconds=None, **options):
+        seconds = seconds or {}
+        rival = Rival("rival", why_not, prepare, **options)
+        monkeypatch.setattr(measuring, "rivals_of", lambda op, device: {"rival": rival})
+        monkeypatch.setattr(
+            Bench,
+            "device_times",
+            lambda self, names: timing.on_device(
+                {name: (lambda name=name: name) for name in names}
+            ),
+        )
+        monkeypatch.setattr(timing, "device_seconds", lambda call: seconds.get(call(), 9.0))
+
+    return add
+
+
+def halves(arguments):
+    """What a rival may do: round more than we do."""
+    return lambda x, weight: definition.rms_norm(x.bfloat16(), weight.bfloat16()).float()
+
+
+def test_a_rival_is_timed_on_the_device_beside_the_backends(add_rival):
+    add_rival(halves, seconds={"naive": 3.0, "torch": 1.0, "rival": 2.0})
+    rows = {row.backend: row for row in compare(NORM, seconds=0)}
+    rival = rows["rival"]
+    assert list(rows) == [*Bench(NORM).backends, "rival"]
+    assert (rival.device_seconds, rival.busy_seconds) == (2.0, 2.0)
+    assert (rival.over_naive, rival.over_torch) == (1.5, 0.5)
+    assert 0 < rival.seconds < 1
+    assert rival.percent_of_ceiling == pytest.approx(50 * rival.roofline_seconds)
+    assert 1e-3 < rival.error < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "reason"),
+    [
+        (halves, {"why_not": lambda arguments: "is not installed"}, "is not installed"),
+        (lambda arguments: 1 // 0, {}, "fails with ZeroDivisionError: "),
+        (lambda arguments: lambda x, weight: x @ x, {}, "fails with RuntimeError: "),
+        (lambda arguments: lambda x, weight: x, {}, "does not agree: rival output: row"),
+    ],
+)
+def test_a_rival_that_cannot_has_its_reason_and_no_time(add_rival, prepare, options, reason):
+    add_rival(prepare, **options)
+    (row,) = compare(NORM, ["rival"], seconds=0)
+    assert row.seconds is None
+    assert row.reason.startswith(reason)
+
+
+def test_a_rival_without_a_backward_pass_is_not_asked_for_one(add_rival):
+    add_rival(halves, is_differentiable=False)
+    workload = Workload("rms_norm", "small", norm(4, 64), grad=("x",))
+    assert measure(workload, "rival", seconds=0).reason == "has no backward pass"
+
+
+def test_a_gpu_is_timed_in_turns(monkeypatch):
+    order = []
+    monkeypatch.setattr(timing, "device_seconds", lambda call: call() or float(len(order)))
+    times = timing.on_device({name: lambda name=name: order.append(name) for name in "ab"})
+    assert "".join(order) == "ababab"
+    assert times == {"a": 3.0, "b": 4.0}
+
+
+def test_nothing_is_timed_on_a_device_that_is_not_there():
+    assert Bench(NORM).device_times(["naive"]) == {}
+
+
 def test_figures_are_work_over_time():
     row = Row(
         op="rms_norm",
@@ -141,6 +215,21 @@ def test_figures_are_work_over_time():
     )
     assert (row.gbytes_per_second, row.tflops, row.percent_of_ceiling) == (4.0, 0.006, 50.0)
     assert Row.from_dict(row.as_dict()) == row
+
+
+def test_part_of_a_backward_pass_starts_from_the_same_gradient():
+    small = GPT2.replace(heads=2, kv_heads=2)
+    make = prefill(small, 17, batch=2)
+    whole, part = (
+        Workload("flash_attention", "small", make, part=part, grad=("q", "k", "v"))
+        for part in (None, first_head())
+    )
+    whole, part = Bench(whole), Bench(part)
+    assert part.check("torch").error > 0
+    part.check("naive")
+    whole.check("naive")
+    for name, expected in part._reference[1].items():
+        assert torch.allclose(expected, part.workload.part.pick(whole._reference[1][name])), name
 
 
 def test_part_of_an_attention_call_is_what_it_stands_for():

@@ -3,12 +3,14 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
 from tilewise.benchmarks import report as reports
-from tilewise.benchmarks import roofline
+from tilewise.benchmarks import report_markdown, roofline
 from tilewise.benchmarks.measure import Row
 from tilewise.benchmarks.report import Report, ReportError
 from tilewise.benchmarks.tokens import TokenRate
@@ -57,6 +59,29 @@ NOT_RUN = make_row(
     over_torch=None,
     reason="PyTorch cannot",
 )
+# Made up, as every figure in this file.
+GPU_HOST = HOST | {
+    "gpu": "A GPU (compute capability 9.0)",
+    "gpu_state": {"driver_version": "1.2", "clocks.sm": "1500 MHz"},
+    "versions": {"torch": "2.13.0", "triton": "3.9.0"},
+    "ceilings": {
+        "device": "cuda",
+        "read_bandwidth": {"1073741824": 2e12},
+        "flops": {"float32": 5e13, "bfloat16": 5e14},
+    },
+}
+GPU_ROWS = [
+    make_row(
+        dtype="bfloat16",
+        device="cuda",
+        backend=name,
+        seconds=seconds,
+        device_seconds=seconds - 1e-4,
+        flops=4e11,
+        roofline_seconds=8e-4,
+    )
+    for name, seconds in (("triton", 1.1e-3), ("SDPA cuDNN", 0.9e-3), ("FlexAttention", 2.1e-3))
+]
 RATE = TokenRate("SmolLM2", 98 * 2**20, "auto", "cpu", 2, "tg128", [10.0, 12.0, 14.0])
 
 
@@ -148,7 +173,7 @@ def test_durations_have_three_digits(seconds, text):
 
 
 def test_markdown_has_a_row_per_workload(report):
-    lines = reports.markdown(report).splitlines()
+    lines = report_markdown.markdown(report).splitlines()
     assert "A Processor, 2 CPU threads, torch 2.13.0" in lines[0]
     assert "20.0 GB/s from memory, 90 GFLOP/s in float32" in lines[0]
     assert (
@@ -159,8 +184,48 @@ def test_markdown_has_a_row_per_workload(report):
     assert "| SmolLM2 | auto | tg128 | 12.00 ± 2.00 |" in lines
 
 
+def test_on_a_gpu_every_contestant_has_a_row():
+    text = report_markdown.markdown(Report(GPU_HOST, GPU_ROWS, []))
+    lines = text.splitlines()
+    for fact in ("A GPU", "2000.0 GB/s", "500 TFLOP/s in bfloat16", "driver_version 1.2"):
+        assert fact in lines[0]
+    assert "clocks.sm 1500 MHz" in lines[0]
+    assert "triton 3.9.0" in lines[0]
+    name = "GPT-2 prefill 1024, bfloat16"
+    assert "### `flash_attention`" in lines
+    assert lines[-3:] == [
+        f"| {name} | triton | 1.00 ms | 1.10 ms | 400 TFLOP/s | 80% | 1.00x | 3.9e-07 |",
+        f"| {name} | SDPA cuDNN | 800 us | 900 us | 500 TFLOP/s | 100% | 1.25x | 3.9e-07 |",
+        f"| {name} | FlexAttention | 2.00 ms | 2.10 ms | 200 TFLOP/s | 40% | 0.50x | 3.9e-07 |",
+    ]
+
+
+def test_the_terminal_has_both_times_where_there_are_two():
+    text = printed(Report(GPU_HOST, GPU_ROWS, []))
+    assert "on GPU" in text
+    assert text.index("triton") < text.index("SDPA cuDNN") < text.index("FlexAttention")
+    for figure in ("1.10 ms", "1.00 ms", "500 TFLOP/s"):
+        assert figure in text
+
+
+def test_rivals_are_points_of_the_roofline():
+    axes = roofline.draw(Report(GPU_HOST, GPU_ROWS, [])).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["triton", "others"]
+    heights = [dots.get_offsets()[0][1] for dots in axes.collections]
+    assert heights == pytest.approx([4e14, 5e14, 2e14])
+
+
+def test_the_script_is_the_module(report, tmp_path):
+    """An error is one line, also where another module raises it."""
+    report.save(tmp_path / "r.json")
+    (tmp_path / "d.md").write_text("no markers")
+    script = [sys.executable, reports.__file__, tmp_path / "r.json", "--splice", tmp_path / "d.md"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_every_markdown_row_has_as_many_cells_as_its_header(report):
-    rows = [line for line in reports.markdown(report).splitlines() if line.startswith("|")]
+    rows = [line for line in report_markdown.markdown(report).splitlines() if line.startswith("|")]
     operations = [line for line in rows if line.count("|") == rows[0].count("|")]
     assert len(operations) == 4  # header, rule, and the two workloads
 
@@ -168,21 +233,23 @@ def test_every_markdown_row_has_as_many_cells_as_its_header(report):
 def test_a_document_gets_the_table_between_its_markers(report, tmp_path):
     report.save(tmp_path / "r.json")
     document = tmp_path / "README.md"
-    document.write_text(f"before\n{reports.BEGIN}\nold\n{reports.END}\nafter\n")
+    document.write_text(f"before\n{report_markdown.BEGIN}\nold\n{report_markdown.END}\nafter\n")
     command = [str(tmp_path / "r.json"), "--splice", str(document)]
     assert reports.main(command) == 0
     once = document.read_text()
     assert reports.main(command) == 0
     assert document.read_text() == once
-    assert once.startswith(f"before\n{reports.BEGIN}\nA Processor")
-    assert once.endswith(f"{reports.END}\nafter\n")
+    assert once.startswith(f"before\n{report_markdown.BEGIN}\nA Processor")
+    assert once.endswith(f"{report_markdown.END}\nafter\n")
     assert "old" not in once
 
 
-@pytest.mark.parametrize("text", ["", reports.BEGIN, f"{reports.END}\n{reports.BEGIN}"])
+@pytest.mark.parametrize(
+    "text", ["", report_markdown.BEGIN, f"{report_markdown.END}\n{report_markdown.BEGIN}"]
+)
 def test_a_document_without_markers_is_left_alone(text):
     with pytest.raises(ReportError, match="no line"):
-        reports.splice(text, "table")
+        report_markdown.splice(text, "table")
 
 
 def test_the_roofline_is_drawn(report, tmp_path):

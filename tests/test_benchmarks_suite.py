@@ -10,6 +10,7 @@ import pytest
 
 from tilewise import native
 from tilewise.benchmarks import report as reports
+from tilewise.benchmarks import report_markdown
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("naive", "torch", *(["cpu"] if native.why_not_cpu() is None else []))
@@ -106,4 +107,4 @@ def test_the_terminal_shows_our_table(run):
 def test_the_json_is_a_report(run):
     report = reports.read(run[1])
     assert {row.backend for row in report.rows} == set(BACKENDS)
-    assert "rms_norm" in reports.markdown(report)
+    assert "rms_norm" in report_markdown.markdown(report)

@@ -53,7 +53,7 @@ def test_a_typo_in_an_option(capsys, argv, message):
         (["generate", " "], "the prompt is empty"),
         (["build", "--isa", "sse"], "argument --isa: invalid choice: 'sse'"),
         (["build", "--op", "moe"], "--op: the C++ kernels are built together; it is for --triton"),
-        (["build", "--triton", "sm_1"], "--triton: a target must be one of sm_80, sm_90, sm_100, "),
+        (["build", "--triton", "sm_1"], "--triton: a target must be one of sm_80, sm_86, sm_90, "),
         (["build", "--triton", "--isa", "avx2"], "--isa and --variant are of the C++ kernels"),
         (["build", "--triton", "--spill-limit", "x"], "must be a whole number, 0 or more, got 'x'"),
     ],

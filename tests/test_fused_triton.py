@@ -18,15 +18,6 @@ compiles = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def on(device):
-    """The device, if Triton kernels run there."""
-    reason = gpu.why_not(torch.zeros(1, device=device), dot=False)
-    if reason:
-        pytest.skip(f"triton: {reason}")
-    return device
-
-
 # --- sampling -------------------------------------------------------------------------------------
 
 

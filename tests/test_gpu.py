@@ -77,13 +77,16 @@ def test_refuses_a_gpu_that_is_too_old(monkeypatch, capability, refused):
     ("hip", "capability", "expected"),
     [
         (None, (8, 0), "sm_80"),
-        (None, (8, 9), "sm_80"),
+        (None, (8, 6), "sm_86"),
+        (None, (8, 7), "sm_80"),
+        (None, (8, 9), "sm_86"),
         (None, (9, 0), "sm_90"),
         (None, (10, 3), "sm_100"),
+        (None, (12, 0), "sm_86"),
         ("6.4", (9, 4), "gfx942"),
     ],
 )
-def test_the_nearest_architecture_that_is_not_newer(monkeypatch, hip, capability, expected):
+def test_the_architecture_that_configurations_are_chosen_by(monkeypatch, hip, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     gpu._architecture.cache_clear()

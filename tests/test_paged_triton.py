@@ -14,8 +14,6 @@ from tilewise.fused.tables import rotary_tables
 from tilewise.paged import kv_formats, triton
 from tilewise.testing import Inputs
 
-REASON = gpu.why_not(torch.empty(0))
-runs = pytest.mark.skipif(bool(REASON), reason=str(REASON))
 compiles = pytest.mark.skipif(
     gpu.INTERPRETED or not gpu._has_triton(), reason="compiling needs Triton, not its interpreter"
 )
@@ -52,13 +50,14 @@ def requests(
     if queries is not None:
         arguments["cu_seqlens_q"] = int32(*accumulate(queries, initial=0))
         arguments["causal"] = True
-    return {
+    made = {
         "q": inputs.randn(tokens, 4, head_dim),
         "block_table": table,
         "cache_seqlens": int32(*seqlens),
         "return_lse": True,
         **arguments,
     }
+    return testing.map_tensors(made, lambda x: x.to(inputs.device))
 
 
 def agrees(arguments: dict[str, Any]) -> None:
@@ -76,7 +75,6 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_MAX_SPLITS", 4)
 
 
-@runs
 @pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize(
     "options",
@@ -84,37 +82,40 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda options: next(iter(options), "plain"),
 )
 @pytest.mark.parametrize("queries", [None, (1, 1, 0, 5, 1)], ids=["decode", "ragged"])
-def test_splits_are_merged(options: dict[str, Any], queries: tuple[int, ...] | None) -> None:
-    agrees(requests(Inputs(), (300, 65, 0, 128, 1), queries, spare=5) | options)
+def test_splits_are_merged(
+    on: str, options: dict[str, Any], queries: tuple[int, ...] | None
+) -> None:
+    options = testing.map_tensors(options, lambda x: x.to(on))
+    agrees(requests(Inputs(device=on), (300, 65, 0, 128, 1), queries, spare=5) | options)
 
 
-@runs
 @pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize("cache", ["int8", "fp8", "int4"])
-def test_splits_of_a_quantized_cache_are_merged(cache: str) -> None:
-    agrees(requests(Inputs(), (200, 70), cache=cache))
+def test_splits_of_a_quantized_cache_are_merged(on: str, cache: str) -> None:
+    agrees(requests(Inputs(device=on), (200, 70), cache=cache))
 
 
-@runs
 @pytest.mark.parametrize("queries", [(40, 33), (70, 17)], ids=str)
 @pytest.mark.parametrize("window", [(-1, -1), (20, -1)], ids=str)
-def test_prompts_longer_than_a_block(queries: tuple[int, ...], window: tuple[int, int]) -> None:
-    agrees(requests(Inputs(), (200, 40), queries) | {"window": window})
+def test_prompts_longer_than_a_block(
+    on: str, queries: tuple[int, ...], window: tuple[int, int]
+) -> None:
+    agrees(requests(Inputs(device=on), (200, 40), queries) | {"window": window})
 
 
-@runs
 @pytest.mark.parametrize("head_dim", [24, 80, 96, 192])
-def test_heads_of_two_blocks(head_dim: int) -> None:
-    agrees(requests(Inputs(), (20, 3), head_dim=head_dim))
+def test_heads_of_two_blocks(on: str, head_dim: int) -> None:
+    agrees(requests(Inputs(device=on), (20, 3), head_dim=head_dim))
 
 
-@runs
 @pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize("queries", [None, (1, 3, 70, 2)], ids=["decode", "ragged"])
-def test_no_bit_depends_on_the_batch_or_on_spare_pages(queries: tuple[int, ...] | None) -> None:
+def test_no_bit_depends_on_the_batch_or_on_spare_pages(
+    on: str, queries: tuple[int, ...] | None
+) -> None:
     """In the batch, alone, and in a table so narrow that there is nothing to split."""
     lengths = (300, 40, 100, 7)
-    together = requests(Inputs(), lengths, queries, spare=30)
+    together = requests(Inputs(device=on), lengths, queries, spare=30)
     results = paged_attention(**together, batch_invariant=True, backend="triton")
     ends = list(accumulate(queries or (1,) * 4, initial=0))
     for i, length in enumerate(lengths):
@@ -122,39 +123,38 @@ def test_no_bit_depends_on_the_batch_or_on_spare_pages(queries: tuple[int, ...] 
         alone = together | {
             "q": together["q"][rows],
             "block_table": together["block_table"][i : i + 1, : -(-length // 8)],
-            "cache_seqlens": int32(length),
+            "cache_seqlens": int32(length).to(on),
         }
         if queries is not None:
-            alone["cu_seqlens_q"] = int32(0, queries[i])
+            alone["cu_seqlens_q"] = int32(0, queries[i]).to(on)
         expected = paged_attention(**alone, batch_invariant=True, backend="triton")
         for a, b in zip(results, expected, strict=True):
             assert torch.equal(a[rows], b)
 
 
-@runs
 @pytest.mark.parametrize("cache", [None, "int8", "fp8"])
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_a_value_that_is_not_finite_reaches_just_those_who_see_it(
-    cache: str | None, which: str
+    on: str, cache: str | None, which: str
 ) -> None:
-    arguments = requests(Inputs(), (40,), (20,), cache=cache) | {"window": (9, -1)}
+    arguments = requests(Inputs(device=on), (40,), (20,), cache=cache) | {"window": (9, -1)}
     clean = paged_attention(**arguments, backend="triton")[0]
     target = arguments[f"{which}_cache" if cache is None else f"{which}_scale"]
     target[arguments["block_table"][0, 3], 1] = math.nan  # key 25; the queries are tokens 20 to 39
     out = paged_attention(**arguments, backend="triton")[0]
-    sees = torch.arange(20, 40)
+    sees = torch.arange(20, 40, device=on)
     sees = (sees >= 25) & (sees <= 25 + 9)
     assert out[sees].isnan().all()
     assert torch.equal(out[~sees], clean[~sees])
 
 
-@runs
-def test_lengths_that_make_no_sense_touch_nothing_outside() -> None:
-    arguments = requests(Inputs(), (9, 20, 4), (2, 3, 1))
+def test_lengths_that_make_no_sense_touch_nothing_outside(on: str) -> None:
+    arguments = requests(Inputs(device=on), (9, 20, 4), (2, 3, 1))
     for bad in ((0, 10**9, 3, 2), (0, -5, 2**31 - 1, -1), (7, 1, 9, 0), (0, 0, 0, 0)):
         for seqlens in ((10**9, -3, 2), (0, 2**31 - 1, -(2**31))):
             paged_attention(
-                **arguments | {"cu_seqlens_q": int32(*bad), "cache_seqlens": int32(*seqlens)},
+                **arguments
+                | {"cu_seqlens_q": int32(*bad).to(on), "cache_seqlens": int32(*seqlens).to(on)},
                 backend="triton",
             )
 
@@ -167,14 +167,13 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 # Not bfloat16, in which the interpreter rounds in its own way.
-@runs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("interleaved", [None, False, True], ids=["", "halves", "pairs"])
 @pytest.mark.parametrize("cache", ["int8", "fp8", "int4", "float32"])
 def test_the_bytes_are_those_of_the_definition(
-    cache: str, interleaved: bool | None, dtype: torch.dtype
+    on: str, cache: str, interleaved: bool | None, dtype: torch.dtype
 ) -> None:
-    inputs = Inputs(dtype)
+    inputs = Inputs(dtype, on)
     k, v = inputs.randn(12, 3, 20), inputs.randn(12, 3, 10)
     for x in (k, v):
         x[1, 0, 3], x[2, 1, 0], x[3, 2, 7] = math.nan, math.inf, -math.inf
@@ -183,19 +182,21 @@ def test_the_bytes_are_those_of_the_definition(
     options: dict[str, Any] = {"slot_mapping": inputs.permutation(15)[:12]}
     options["slot_mapping"][7] = -1
     if interleaved is not None:
-        options["rotary"] = rotary_tables(12, 50, interleaved=interleaved)
+        options["rotary"] = rotary_tables(12, 50, interleaved=interleaved, device=on)
         options["positions"] = inputs.randint(0, 50, 12)
         options["positions"][8] = 50  # outside: NaN
     written = []
     for backend in ("naive", "triton"):
         caches = {
             f"{name}_cache": torch.zeros(
-                5, 3, 3, kv_formats.stored_width("dim", x.shape[-1], stored), dtype=stored
+                (5, 3, 3, kv_formats.stored_width("dim", x.shape[-1], stored)),
+                dtype=stored,
+                device=on,
             )
             for name, x in (("k", k), ("v", v))
         }
         if kv_formats.is_quantized(stored):
-            caches |= {name: torch.zeros(5, 3, 3) for name in ("k_scale", "v_scale")}
+            caches |= {name: torch.zeros(5, 3, 3, device=on) for name in ("k_scale", "v_scale")}
         append_kv(k, v, **caches, **options, backend=backend)
         written.append(caches)
     for name, expected in written[0].items():

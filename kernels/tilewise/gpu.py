@@ -28,13 +28,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
 """What kernels can be compiled for without a GPU: Triton's backend, architecture and warp size."""
 
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
 """Bytes of shared memory that a block of threads can have (AMD: local data share)."""
 
 
@@ -88,7 +95,7 @@ def _why_not_gpu(index: int) -> str | None:
 
 
 def architecture(x: torch.Tensor) -> str:
-    """A name in `TARGETS`: the nearest to the GPU of `x` that is not newer than it."""
+    """A name in `TARGETS`: the one whose instructions and shared memory the GPU of `x` has."""
     if _compilation is not None:
         return _compilation.target
     return "sm_80" if x.device.type == "cpu" else _architecture(x.device.index or 0)
@@ -98,7 +105,10 @@ def architecture(x: torch.Tensor) -> str:
 def _architecture(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    # Chips for workstations, of any year, have sm_80's matrix instructions and 99 KB.
+    if (major, minor) in ((8, 6), (8, 9)) or major >= 12:
+        return "sm_86"
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 

@@ -20,6 +20,7 @@ from tilewise.dispatch import Cost
 
 _MIB = 2**20
 _BUFFER_BYTES = (1 * _MIB, 32 * _MIB, 256 * _MIB)
+_GPU_BUFFER_BYTES = 1024 * _MIB  # many times its cache, which benchmarks find cold
 
 
 @dataclass(frozen=True)
@@ -63,26 +64,35 @@ class Ceilings:
 def seconds_of(
     fn: Callable[[], object], device: torch.device, *, repeats: int = 5, at_least: float = 0.1
 ) -> float:
-    """The least wall time of one call in seconds, after a warm-up; waits for the device.
+    """The least time of one call in seconds, after a warm-up: wall time, or a GPU's own.
 
     Calls go on for `at_least` seconds: on a busy machine a thread that has lost its core makes
-    many short calls in a row look a thousand times slower than they are.
+    many short calls in a row look a thousand times slower than they are, and a GPU that was idle
+    first raises its clocks.
     """
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    time_of = _gpu_seconds if device.type == "cuda" else _wall_seconds
     fn()
     best, began = float("inf"), time.perf_counter()
     while repeats > 0 or time.perf_counter() - began < at_least:
-        synchronize()
-        start = time.perf_counter()
-        fn()
-        synchronize()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time_of(fn))
         repeats -= 1
     return best
 
 
-def _nothing() -> None:
-    pass
+def _wall_seconds(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(fn: Callable[[], object]) -> float:
+    """Between two events on the stream: without the launch, and without waiting for the result."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def ceilings(device: torch.device | str = "cpu") -> Ceilings:
@@ -94,14 +104,15 @@ def ceilings(device: torch.device | str = "cpu") -> Ceilings:
 def _ceilings(device_name: str, threads: int) -> Ceilings:
     device = torch.device(device_name)
     bandwidth = {}
-    for nbytes in _BUFFER_BYTES:
+    sizes = (_GPU_BUFFER_BYTES,) if device.type == "cuda" else _BUFFER_BYTES
+    for nbytes in sizes:
         buffer = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
         words = buffer.view(torch.float32)
         # Which of the two reductions reads faster depends on the vector width.
         reads: tuple[Callable[[], object], ...] = (buffer.sum, words.sum)
         bandwidth[nbytes] = nbytes / min(seconds_of(read, device) for read in reads)
     # What is read from a large buffer can be read from a small one; a busy machine may say else.
-    for small, large in itertools.combinations(_BUFFER_BYTES, 2):
+    for small, large in itertools.combinations(sizes, 2):
         bandwidth[small] = max(bandwidth[small], bandwidth[large])
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     flops = {str(dtype).removeprefix("torch."): _matmul_flops(dtype, device) for dtype in dtypes}
@@ -115,7 +126,7 @@ def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
         return 2 * size**3 / seconds_of(lambda: a @ b, device)
 
     if device.type == "cuda":
-        return flops(4096)
+        return flops(8192 if dtype.itemsize == 2 else 4096)
     if dtype.itemsize > 2:
         return flops(768)
     # Without matrix instructions a 16-bit product on the CPU falls to a scalar loop hundreds of

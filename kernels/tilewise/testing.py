@@ -13,6 +13,7 @@ by whoever writes a kernel of their own.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -361,22 +362,45 @@ def run_case(
 
     The arguments are copied first, so that a call that writes in place can be repeated.
     """
+    function = functools.partial(public_function(case.op), backend=backend)
+    return run_function(case, arguments, function, grad=grad)
+
+
+def run_function(
+    case: Case,
+    arguments: dict[str, Any],
+    function: Callable[..., Any],
+    *,
+    grad: bool = False,
+    upstream: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """`run_case` of a function that is called like the public one.
+
+    Args:
+        upstream: the gradients of the results by name; `upstream_of` their shapes by default.
+    """
     arguments = map_tensors(arguments, _copy)
     leaves = {name: arguments[name].requires_grad_() for name in case.grad} if grad else {}
-    returned = public_function(case.op)(**arguments, backend=backend)
-    results = case.results(arguments, returned)
+    results = case.results(arguments, function(**arguments))
     if not leaves:
         return {name: result.detach() for name, result in results.items()}
-    differentiable = [result for result in results.values() if result.requires_grad]
-    inputs = Inputs(torch.float32, "cpu", seed=1)
-    upstream = [inputs.randn(*result.shape).to(result) for result in differentiable]
-    upstream = [
-        torch.where(r.isfinite(), u, 0.0) for r, u in zip(differentiable, upstream, strict=True)
+    differentiable = {name: result for name, result in results.items() if result.requires_grad}
+    if upstream is None:
+        upstream = upstream_of({name: result.shape for name, result in differentiable.items()})
+    starts = [
+        torch.where(result.isfinite(), upstream[name].to(result), 0.0)
+        for name, result in differentiable.items()
     ]
-    grads = torch.autograd.grad(differentiable, list(leaves.values()), upstream)
+    grads = torch.autograd.grad(list(differentiable.values()), list(leaves.values()), starts)
     results = {name: result.detach() for name, result in results.items()}
     results.update({f"grad {name}": value for name, value in zip(leaves, grads, strict=True)})
     return results
+
+
+def upstream_of(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Random gradients of results of these shapes, the same ones every time."""
+    inputs = Inputs(torch.float32, "cpu", seed=1)
+    return {name: inputs.randn(*shape) for name, shape in shapes.items()}
 
 
 def _copy(t: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tilewise import cpu, gpu
+from tilewise import cpu, gpu, tuning
 from tilewise.attention.native import extras
 from tilewise.attention.operators import (
     FLASH_ATTENTION,
@@ -35,13 +35,22 @@ def power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 16)
 
 
-Blocks = tuple[int, int, int, int]
-"""Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
+class Blocks(NamedTuple):
+    """Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
 
-# By the widest head dimension that they are for. Not tuned: so that tiles fit in shared memory and
-# few registers are spilled.
-_FORWARD: dict[str, dict[int, Blocks]] = {
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[int, tuple[int, int, int, int]]
+"""`Blocks` by the widest head dimension that they are for."""
+
+# Not tuned: so that tiles fit in shared memory and few registers are spilled.
+_FORWARD: dict[str, Table] = {
     "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
+    "sm_86": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
     "sm_90": {
         64: (128, 128, 8, 2),
         128: (128, 64, 8, 2),
@@ -61,32 +70,45 @@ _FORWARD: dict[str, dict[int, Blocks]] = {
         1024: (32, 16, 8, 1),
     },
 }
-_FORWARD_FLOAT32: dict[int, Blocks] = {
+_FORWARD_FLOAT32: Table = {
     64: (32, 32, 4, 1),
     128: (32, 32, 8, 1),
     1024: (16, 16, 4, 1),
 }
 """float32 is multiplied without tensor cores, and operands take twice the room."""
 
-_BACKWARD: dict[str, dict[int, Blocks]] = {
+_BACKWARD: dict[str, Table] = {
     "sm_80": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_86": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "sm_90": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
 }
-_BACKWARD_FLOAT32: dict[int, Blocks] = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+_BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
 
 
 def _blocks(
-    q: torch.Tensor, v_dim: int, tables: dict[str, dict[int, Blocks]], float32: dict[int, Blocks]
+    q: torch.Tensor,
+    v_dim: int,
+    name: str,
+    tables: dict[str, Table],
+    float32: Table,
+    *,
+    is_plain: bool,
 ) -> dict[str, int]:
     """Of a table, as a kernel takes them.
 
-    They must not depend on the lengths: a row's bits would.
+    They must not depend on the lengths: a row's bits would. What was tuned on plain attention may
+    not fit into shared memory beside a bias.
     """
     table = float32 if q.dtype == torch.float32 else tables[gpu.architecture(q)]
     widest = max(q.shape[-1], v_dim)
-    m, n, warps, stages = next(table[limit] for limit in sorted(table) if widest <= limit)
+    limit = next(limit for limit in sorted(table) if widest <= limit)
+    blocks = Blocks(*table[limit])
+    if is_plain:
+        asked = f"attention {name}, {8 * q.dtype.itemsize} bits, heads to {limit}"
+        blocks = tuning.chosen(q, asked, blocks, {"m": 16, "n": 16})
+    m, n, warps, stages = blocks
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -136,7 +158,8 @@ def _attend(
         out, lse = q.new_zeros(out_shape), q.new_full(q.shape[:-1], -torch.inf, dtype=torch.float32)
     else:
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    blocks = _blocks(q, v.shape[-1], _FORWARD, _FORWARD_FLOAT32)
+    is_plain = alibi_slopes is None and bias is None and softcap == 0
+    blocks = _blocks(q, v.shape[-1], "forward", _FORWARD, _FORWARD_FLOAT32, is_plain=is_plain)
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
@@ -320,7 +343,8 @@ def _gradients(
             ROWS=rows_each,
             BLOCK=block,
         )
-        blocks = _blocks(q, v_dim, _BACKWARD, _BACKWARD_FLOAT32)
+        is_plain = slopes is None and added is None and softcap == 0
+        blocks = _blocks(q, v_dim, "backward", _BACKWARD, _BACKWARD_FLOAT32, is_plain=is_plain)
         ends = (cu_seqlens_q, cu_seqlens_k)
         options = (scale, softcap, window_left, 0 if causal else window_right)
         constants = _constants(q, k, v, added, softcap) | blocks

@@ -48,6 +48,12 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline of the operations")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="find the fastest launch configurations of the Triton kernels on this GPU instead, "
+        "and keep them for all later calls; takes an hour without --op",
+    )
     quality.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -64,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     device = device_of(options)
     if options.quality:
         return quality.run_quality(options, device)
+    if options.tune:
+        return _tune(options, device)
     everything = options.op is None and options.model is None
     rows = _operations(options, device) if everything or options.op else []
     wrong = any(row.disagrees for row in rows)
@@ -98,6 +106,39 @@ def _operations(options: argparse.Namespace, device: str) -> list[Row]:
             rows += compare(workload, backends, seconds=options.seconds)
             advance()
     return rows
+
+
+def _tune(options: argparse.Namespace, device: str) -> int:
+    """Find launch configurations, print them and keep them."""
+    import torch
+
+    from tilewise import gpu, tuning
+    from tilewise.benchmarks.report import make_table, ratio
+    from tilewise.benchmarks.tune import tune
+    from tilewise.benchmarks.workloads import all_workloads
+
+    reason = gpu.why_not(torch.empty(0, device=device)) if device == "cuda" else "needs a GPU"
+    if reason:
+        raise UserError(f"--tune: {reason}")
+    name = torch.cuda.get_device_name()
+    workloads = [w for w in all_workloads(device) if options.op in (None, w.op)]
+    table = make_table(f"configurations for {name}")
+    for heading in ("", "ships", "is fastest", "of", "speedup"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    path = tuning.path_for(name)
+    with progress("", 0, quiet=options.quiet) as advance:
+        for found in tune(workloads, lambda what: advance(what, steps=0)):
+            # At once: an hour's work is not lost when it is interrupted.
+            path = tuning.save(name, {found.name: found.best})
+            ships, fastest = (
+                " ".join(f"{key}={value}" for key, value in configuration.items())
+                for configuration in (found.default, found.best)
+            )
+            table.add_row(found.name, ships, fastest, str(found.tried), ratio(found.speedup))
+    console = make_console()
+    console.print(table)
+    console.print(f"kept in {path}", style="dim", markup=False, soft_wrap=True)
+    return 0
 
 
 def _model(options: argparse.Namespace, device: str) -> list[TokenRate]:

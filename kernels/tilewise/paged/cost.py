@@ -38,16 +38,18 @@ def cost_paged_attention(
     return_lse: bool = False,
     **options: Any,
 ) -> Cost:
-    """Two products per visible pair; every key and value of a request moves once, as stored.
+    """Two products per visible pair; every key and value that is seen moves once, as stored.
 
-    With a window the keys before the first query's are not needed.
+    A page that several requests share moves once for all of them, and with a window the keys before
+    the first query's are not needed.
     """
     ends = range(len(q) + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
-    pairs = keys = 0
+    pairs, spans = 0, []
     for (start, end), seqlen in zip(pairwise(ends), cache_seqlens.tolist(), strict=True):
         pairs += visible_pairs(end - start, seqlen, causal=causal, window=window)
-        if end > start:
-            keys += seqlen if window[0] < 0 else min(seqlen, window[0] + end - start)
+        seen = seqlen if window[0] < 0 else min(seqlen, window[0] + end - start)
+        spans.append((seqlen - seen if end > start else seqlen, seqlen))
+    keys = _distinct(block_table, spans, *k_cache.shape[:2])
     rows, v_dim = q.shape[0] * q.shape[1], kv_formats.elements(v_cache)
     nbytes = keys * _bytes_per_token(k_cache, v_cache, k_scale, v_scale)
     nbytes += q.numel() * q.itemsize + rows * v_dim * q.itemsize
@@ -55,6 +57,24 @@ def cost_paged_attention(
     nbytes += 0 if bias is None else bias.nbytes
     nbytes += 4 * rows if return_lse else 0
     return Cost(2.0 * pairs * q.shape[1] * (q.shape[2] + v_dim), nbytes, q.dtype)
+
+
+def _distinct(
+    block_table: torch.Tensor, spans: list[tuple[int, int]], num_pages: int, page_size: int
+) -> int:
+    """How many slots of the cache hold a key that some request sees: those of its span."""
+    if not spans:
+        return 0
+    starts, ends = torch.tensor(spans).T[..., None]
+    first = torch.arange(block_table.shape[1]) * page_size  # of each page of a request
+    low, high = ((x - first).clamp(0, page_size) for x in (starts, ends))
+    is_seen = high > low
+    pages = block_table.cpu().long().clamp(0, num_pages - 1)[is_seen]
+    lows = torch.full((num_pages,), page_size).scatter_reduce(0, pages, low[is_seen], "amin")
+    highs = torch.zeros(num_pages, dtype=torch.int64).scatter_reduce(
+        0, pages, high[is_seen], "amax"
+    )
+    return int((highs - lows).clamp(min=0).sum())
 
 
 def cost_append_kv(

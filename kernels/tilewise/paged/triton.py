@@ -6,12 +6,12 @@ lengths, tables and slots have changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from tilewise import gpu
+from tilewise import gpu, tuning
 from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient
@@ -110,12 +110,11 @@ _MAX_WORKSPACE = 1 << 26
 """Floats of partial results, 256 MB. A batch that needs more is large enough to fill a GPU with
 fewer splits, unless its bits may not depend on it."""
 
-_SHARED_MEMORY = {"sm_80": 160, "sm_90": 220, "sm_100": 220, "gfx942": 64}
+_SHARED_MEMORY = {"sm_80": 160, "sm_86": 96, "sm_90": 220, "sm_100": 220, "gfx942": 64}
 """KB that a program may use."""
 
 
-@dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     """How a launch is cut: rows and keys of a tile, and what Triton needs to know."""
 
     m: int
@@ -157,6 +156,7 @@ def _config(
     # Registers are what runs out first.
     is_crowded = row >= 1024 or has_bias
     is_crowded |= architecture == "sm_80" and m >= 64 and stored_row != row
+    is_crowded |= architecture == "sm_86" and m >= 64
     n, num_stages = next(
         (
             (n, num_stages)
@@ -289,7 +289,13 @@ def _paged_attention(
         config = _config(
             architecture, m, row, stored, q_row, is_small=is_small, has_bias=bias is not None
         )
-        return config if has_tensor_cores else replace(config, n=16, num_stages=1)
+        if not has_tensor_cores:
+            return config._replace(n=16, num_stages=1)
+        name = (
+            f"paged attention, {'small' if is_small else 'large'} requests, {config.m} rows, "
+            f"{row} bytes of {dtype} from {stored}{', bias' * (bias is not None)}"
+        )
+        return tuning.chosen(q, name, config, {"n": 16})
 
     # Requests of few rows.
     small_rows = max(_SMALL_ROWS, group) if is_ragged else group

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from tilewise import gpu
+from tilewise import gpu, tuning
 from tilewise.library import needs_grad
 from tilewise.quant import naive
 from tilewise.quant.formats import QuantizedTensor
@@ -87,6 +87,14 @@ _HOPPER = Config(
 )
 CONFIGS = {
     "sm_80": _AMPERE,
+    "sm_86": _AMPERE._replace(
+        tiles=(
+            Tile(64, 16, 128, 4, 4),
+            Tile(64, 32, 128, 4, 3),
+            Tile(64, 64, 128, 8, 2),
+            Tile(64, 128, 128, 8, 2),
+        )
+    ),
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
     "gfx942": Config(
@@ -326,13 +334,15 @@ def _run(
         if not is_few and weight.format in _INT8_DOT:
             return _int8(x, weight, after, group, out)
         x = _rounded(x, group, torch.float32 if is_few else x.dtype)
-    if is_few:
-        return _split(x, weight, after, out, _vector_tile(m, k), is_vector=True)
-    if m >= chosen.whole:
+    if m >= chosen.whole and not is_few:
         return _whole(x, weight, after, out)
-    return _split(
-        x, weight, after, out, tile_for(x, m, is_pair=after.activation == "swiglu"), is_vector=False
-    )
+    is_pair = after.activation == "swiglu"
+    tile = _vector_tile(m, k) if is_few else tile_for(x, m, is_pair=is_pair)
+    # What fits into shared memory depends on the format and on x's dtype.
+    name = f"{'vector' if is_few else 'matrix'} {weight.format} {x.dtype} {tile.m} x {tile.k}"
+    sizes = {"n": 1} if is_few else {"n": 16, "k": 128}
+    tile = tuning.chosen(x, f"{name}, {'pairs' if is_pair else 'rows'}", tile, sizes)
+    return _split(x, weight, after, out, tile, is_vector=is_few)
 
 
 def _vector_tile(m: int, k: int) -> Tile:
