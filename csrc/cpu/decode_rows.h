@@ -72,7 +72,7 @@ struct Ahead {
   void fetch(int64_t begin, int64_t end) const {
     for (; begin < std::min(end, count); ++begin) {
       for (int64_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch(static_cast<const char*>(rows[begin]) + offset + i, _MM_HINT_T0);
+        _mm_prefetch(static_cast<const char*>(rows[begin]) + offset + i, _MM_HINT_T1);
       }
     }
   }
