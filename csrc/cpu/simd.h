@@ -89,6 +89,9 @@ inline void store(float* p, F32 x) { store_f32(p, x); }
 inline void store(Half* p, F32 x) { store_f16(&p->bits, x); }
 inline void store(BFloat16* p, F32 x) { store_bf16(&p->bits, x); }
 
+// In bfloat16 a subnormal may become zero.
+inline void store_flushed(BFloat16* p, F32 x) { store_bf16_flushed(&p->bits, x); }
+
 // Two vectors behind each other. In bfloat16 a subnormal may become zero.
 inline void store_pair(float* p, F32 a, F32 b) {
   store(p, a);

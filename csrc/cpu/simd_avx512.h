@@ -163,6 +163,9 @@ inline void store_bf16(uint16_t* p, F32 x) {
   top = _mm512_mask_mov_epi32(top, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
 }
+inline void store_bf16_flushed(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));
+}
 inline void store_bf16_pair(uint16_t* p, F32 a, F32 b) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));  // flushes subnormals
 }

@@ -223,6 +223,22 @@ inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   return {_mm512_cvtneps_pbh(low), _mm512_cvtneps_pbh(high)};
 }
 
+// The odd product is added first; subnormals count as zeros.
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  auto to = emulated::lanes<float>(sum);
+  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(b);
+  const auto value = [](uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits & 0x7f80u ? bits : bits & 0x8000u) << 16;
+    float f;
+    std::memcpy(&f, &wide, 4);
+    return f;
+  };
+  for (int i = 0; i < 16; ++i) {
+    for (int n : {2 * i + 1, 2 * i}) to.at[i] = __builtin_fmaf(value(x.at[n]), value(y.at[n]), to.at[i]);
+  }
+  return emulated::vector<__m512>(to);
+}
+
 // Four products of bytes, and two of words, added to a 32-bit sum.
 inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   auto to = emulated::lanes<int32_t>(sum);
