@@ -32,7 +32,7 @@ constexpr int64_t TASKS_PER_THREAD = 4;
 constexpr int64_t SCORE_STRIDE = BLOCK + STEP;
 // A tile of keys, and the next one that is being fetched, are in the second-level cache, with room to
 // spare for what else is there.
-constexpr int64_t TILE_BYTES = 128 * 1024;
+constexpr int64_t TILE_BYTES = 64 * 1024;
 // Up to here rows are converted again for every ROWS of them; beyond, once and kept in memory.
 constexpr int64_t MAX_DIRECT_ROWS = 2 * ROWS;
 
@@ -69,6 +69,7 @@ class Decode {
     const int64_t key_bytes = heads_per_task_ * std::max(k_bytes_, v_bytes_);
     while (tile_ > STEP && tile_ * key_bytes > TILE_BYTES) tile_ /= 2;
     head_parts_ = (a.kv_heads + heads_per_task_ - 1) / heads_per_task_;
+    works_per_task_ = std::max<int64_t>(1, works * head_parts_ / tasks);
     partials_ = make_workspace<float>(plan_.partials * a.kv_heads * partial_stride_);
     pending_.reset(new std::atomic<int32_t>[plan_.requests.size() * a.kv_heads]);
     for (size_t i = 0; i < plan_.requests.size(); ++i) {
@@ -79,18 +80,25 @@ class Decode {
     }
   }
 
-  // Neighbouring heads lie side by side in memory: taken together, they make one stream of it.
+  // Neighbouring heads lie side by side in memory, and splits behind each other: taken together, they
+  // make one stream of it.
   void run() const {
-    parallel(static_cast<int64_t>(plan_.works.size()) * head_parts_, [&](int64_t i) {
-      const Work& work = plan_.works[i / head_parts_];
+    const int64_t works = plan_.works.size();
+    const int64_t groups = (works + works_per_task_ - 1) / works_per_task_;
+    parallel(groups * head_parts_, [&](int64_t i) {
+      const int64_t begin = i / head_parts_ * works_per_task_;
+      const int64_t end = std::min(begin + works_per_task_, works);
       const int64_t first = i % head_parts_ * heads_per_task_;
-      const int64_t end = std::min(first + heads_per_task_, a_.kv_heads);
-      run_split(work, first, end - first);
-      for (int64_t h = first; h < end; ++h) {
-        for (int64_t m = 0; m < work.requests; ++m) {
-          const int32_t r = plan_.members[work.first_request + m];
-          if (pending_[r * a_.kv_heads + h].fetch_sub(1, std::memory_order_acq_rel) == 1) {
-            merge(plan_.requests[r], h);
+      const int64_t heads = std::min(heads_per_task_, a_.kv_heads - first);
+      for (int64_t w = begin; w < end; ++w) {
+        const Work& work = plan_.works[w];
+        run_split(work, first, heads, w + 1 < end ? &plan_.works[w + 1] : nullptr);
+        for (int64_t h = first; h < first + heads; ++h) {
+          for (int64_t m = 0; m < work.requests; ++m) {
+            const int32_t r = plan_.members[work.first_request + m];
+            if (pending_[r * a_.kv_heads + h].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+              merge(plan_.requests[r], h);
+            }
           }
         }
       }
@@ -124,7 +132,7 @@ class Decode {
     return partials_.get() + (r.partials * a_.kv_heads + place) * partial_stride_;
   }
 
-  void run_split(const Work& work, int64_t kv_head, int64_t heads) const {
+  void run_split(const Work& work, int64_t kv_head, int64_t heads, const Work* upcoming) const {
     DecodeRow rows[MAX_WORK_ROWS];
     float* partials[MAX_WORK_ROWS];
     const int64_t group = group_size(a_);
@@ -155,8 +163,8 @@ class Decode {
     }
     // A value that nobody sees may be NaN, and zero times it would spread. That is rare: whoever
     // meets something that is not finite starts again, looking at each row.
-    if (!attend(work.split, kv_head, heads, rows, work.rows, b, false)) {
-      attend(work.split, kv_head, heads, rows, work.rows, b, true);
+    if (!attend(work.split, kv_head, heads, rows, work.rows, b, false, upcoming)) {
+      attend(work.split, kv_head, heads, rows, work.rows, b, true, upcoming);
     }
     for (int64_t r = 0; r < n; ++r) {
       loops_.collect(b.out + r * v_size_, v_size_, partials[r]);
@@ -165,9 +173,10 @@ class Decode {
     }
   }
 
-  // One split for some heads, n rows each. Returns whether the results are finite.
+  // One split for some heads, n rows each; at its end, the upcoming one is fetched. Returns whether the
+  // results are finite.
   bool attend(int64_t split, int64_t kv_head, int64_t heads, const DecodeRow* rows, int64_t n, Buffers& b,
-              bool careful) const {
+              bool careful, const Work* upcoming) const {
     const int64_t all = heads * n;
     int64_t first = INT64_MAX, end = 0;
     for (int64_t r = 0; r < all; ++r) {
@@ -184,22 +193,36 @@ class Decode {
     Block blocks[2];
     const Sequence& s = rows[0].request->sequence;
     locate(a_, s, kv_head, first, end, blocks[0]);
-    for (int64_t i = 0;; ++i) {
+    bool is_last = false;
+    for (int64_t i = 0; !is_last; ++i) {
       const Block& block = blocks[i % 2];
       Block& next = blocks[(i + 1) % 2];
       next.count = 0;
       const int64_t block_end = block.begin + BLOCK;
-      if (block_end < end) locate(a_, s, kv_head, block_end, end, next);
+      is_last = block_end >= end;
+      if (!is_last) {
+        locate(a_, s, kv_head, block_end, end, next);
+      } else if (upcoming) {
+        locate_first(*upcoming, kv_head, next);
+      }
       score_block(block, heads, n, b, careful);
       weigh_block(block, rows, heads, n, b);
       accumulate_block(block, next, rows, heads, n, b, careful);
-      if (next.count == 0) break;
     }
     F32 zeros = F32::zero();
     for (int64_t i = 0; i < all * v_size_; i += W) zeros = fma(load(b.out + i), F32::zero(), zeros);
     float sum = reduce_add(zeros);
     for (int64_t r = 0; r < all; ++r) sum += b.sums[r] * 0.0f;
     return sum == 0.0f;
+  }
+
+  // About where a split begins.
+  void locate_first(const Work& work, int64_t kv_head, Block& block) const {
+    const Sequence& s = plan_.requests[plan_.members[work.first_request]].sequence;
+    const int64_t begin = work.split * DECODE_SPLIT;
+    const int64_t first = std::max(begin, visible_keys(a_, s, 0).first);
+    const int64_t end = std::min(begin + DECODE_SPLIT, s.k_len);
+    if (first < end) locate(a_, s, kv_head, first, end, block);
   }
 
   // Row r of float32 or narrower elements.
@@ -217,24 +240,23 @@ class Decode {
     const RowLoops& loops = expand ? expanded_loops_ : loops_;
     const int64_t dim = expand ? k_size_ : a_.dim, tile = expand ? STEP : tile_;
     for (int64_t j = block.first; j < block.count; j += tile) {
-      const int64_t end = std::min(j + tile, block.count), next = block.count - end;
+      const int64_t end = std::min(j + tile, block.count);
       for (int64_t h = 0; h < heads; ++h) {
         CacheRows keys{block.k + j, h * k_head_bytes_};
-        Ahead ahead = next > 0 ? Ahead{{block.k + end, keys.offset}, std::min(next, tile), k_bytes_}
-                               : Ahead{{block.v + block.first, h * v_head_bytes_},
-                                       std::min(block.count - block.first, tile), v_bytes_};
+        CacheRows ahead = end < block.count ? CacheRows{block.k + end, keys.offset}
+                                            : CacheRows{block.v + block.first, h * v_head_bytes_};
         if (expand) {
           for (int64_t i = 0; i < STEP; ++i) {
             loops_.expand(keys.row<char>(i), a_.dim, row_of(b.tile, i, k_size_));
           }
           keys = {b.k_tile, 0};
         }
-        for (int64_t i = 0; i < n; i += ROWS, ahead.count = 0) {
+        for (int64_t i = 0; i < n; i += ROWS, ahead = keys) {
           const int64_t r = h * n + i;
           loops.dot[std::min<int64_t>(n - i, ROWS) - 1](row_of(b.queries, r, k_size_), k_size_ * 4,
-                                                        keys, end - j, dim,
+                                                        keys, ahead, end - j, dim,
                                                         b.scores + r * SCORE_STRIDE + j,
-                                                        SCORE_STRIDE, ahead);
+                                                        SCORE_STRIDE);
         }
       }
     }
@@ -256,28 +278,30 @@ class Decode {
   }
 
   // b.out += weights . values
-  void accumulate_block(const Block& block, const Block& next_block, const DecodeRow* rows,
+  void accumulate_block(const Block& block, const Block& next, const DecodeRow* rows,
                         int64_t heads, int64_t n, Buffers& b, bool careful) const {
     const bool expand = expands(n, careful);
     const RowLoops& loops = expand ? expanded_loops_ : loops_;
     const int64_t dim = expand ? v_size_ : a_.v_dim, tile = expand ? STEP : tile_;
     for (int64_t j = block.first; j < block.count; j += tile) {
-      const int64_t end = std::min(j + tile, block.count), next = block.count - end;
+      const int64_t end = std::min(j + tile, block.count);
       for (int64_t h = 0; h < heads; ++h) {
         CacheRows values{block.v + j, h * v_head_bytes_};
-        Ahead ahead = next > 0
-                          ? Ahead{{block.v + end, values.offset}, std::min(next, tile), v_bytes_}
-                          : Ahead{{next_block.k, h * k_head_bytes_},
-                                  std::min(next_block.count, tile), k_bytes_};
+        CacheRows ahead = values;
+        if (end < block.count) {
+          ahead.at = block.v + end;
+        } else if (next.count > 0) {
+          ahead = {next.k + next.first, h * k_head_bytes_};
+        }
         if (expand) {
           for (int64_t i = 0; i < STEP; ++i) expand_value(block, j, i, h, rows, n, b, careful);
           values = {b.v_tile, 0};
         }
-        for (int64_t i = 0; i < n; i += ROWS, ahead.count = 0) {
+        for (int64_t i = 0; i < n; i += ROWS, ahead = values) {
           const int64_t r = h * n + i;
           loops.accumulate[std::min<int64_t>(n - i, ROWS) - 1](
-              weights_.at(b.scores + r * SCORE_STRIDE, j), SCORE_STRIDE * 4, values, end - j, dim,
-              b.out + r * v_size_, v_size_, ahead);
+              weights_.at(b.scores + r * SCORE_STRIDE, j), SCORE_STRIDE * 4, values, ahead, end - j,
+              dim, b.out + r * v_size_, v_size_);
         }
       }
     }
@@ -361,7 +385,7 @@ class Decode {
   const int64_t k_bytes_, v_bytes_;  // of a row in the cache
   const int64_t k_head_bytes_, v_head_bytes_;  // from one head's to the next
   const DecodePlan plan_;
-  int64_t partial_stride_, heads_per_task_, head_parts_;
+  int64_t partial_stride_, heads_per_task_, head_parts_, works_per_task_;
   int64_t tile_;  // keys that every head takes before any goes on: BLOCK or a part of it
   Workspace<float> partials_;  // out, maximum and sum of (request, kv head, split, row)
   std::unique_ptr<std::atomic<int32_t>[]> pending_;  // splits of (request, kv head) not yet done

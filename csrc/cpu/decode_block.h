@@ -82,8 +82,8 @@ inline void locate(const Attention& a, const Sequence& s, int64_t kv_head, int64
       }
     }
   }
-  std::fill_n(block.k + block.count, STEP, block.k[block.count - 1]);
-  std::fill_n(block.v + block.count, STEP, block.v[block.count - 1]);
+  std::fill(block.k + block.count, block.k + BLOCK + STEP, block.k[block.count - 1]);
+  std::fill(block.v + block.count, block.v + BLOCK + STEP, block.v[block.count - 1]);
 }
 
 }  // namespace tilewise

@@ -32,23 +32,26 @@ bool expand_row_pairs(const void* row, int64_t dim, void* out) {
 }
 
 template <class KV, int R>
-void dot_pairs(const void* queries, int64_t query_bytes, CacheRows keys, int64_t count, int64_t dim,
-               float* scores, int64_t score_stride, const Ahead& ahead) {
+void dot_pairs(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+               int64_t count, int64_t dim, float* scores, int64_t score_stride) {
   constexpr int J = F32::WIDTH / (R == 3 ? 4 : R);
   constexpr int W = F32::WIDTH;
   const int64_t query_stride = query_bytes / 2;
   for (int64_t j = 0; j < count; j += J) {
-    for (int c = 0; c < J; ++c) ahead.fetch(j + c);
     F32 sums[W];
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
     for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
       using T = decltype(tag);
-      const T* key[J];
+      const T *key[J], *next[J];
       for (int c = 0; c < J; ++c) key[c] = keys.row<T>(j + c);
+      for (int c = 0; c < J; ++c) next[c] = ahead.row<T>(j + c);
       const BFloat16* q = static_cast<const BFloat16*>(queries) + begin;
       for (int64_t d = 0; d < n; d += Pairs::WIDTH) {
         Pairs k[J];
-        for (int c = 0; c < J; ++c) k[c] = load_pairs(key[c] + d);
+        for (int c = 0; c < J; ++c) {
+          k[c] = load_pairs(key[c] + d);
+          if (is_first_run<T>) fetch(next[c], d);
+        }
         for (int r = 0; r < R; ++r) {
           const Pairs x = held(load_pairs(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = dot(sums[r * J + c], x, k[c]);
@@ -64,20 +67,22 @@ void dot_pairs(const void* queries, int64_t query_bytes, CacheRows keys, int64_t
 // `out` holds sums in the order that `interleave` makes.
 template <class T, int R, int D>
 inline void accumulate_interleaved(const BFloat16* weights, int64_t weight_stride, CacheRows values,
-                                   int64_t count, int64_t d, float* out, int64_t out_stride,
-                                   Ahead ahead) {
+                                   CacheRows ahead, int64_t count, int64_t d, float* out,
+                                   int64_t out_stride) {
   constexpr int W = F32::WIDTH, N = 2 * D;
   F32 sums[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sums[i] = load(out + i / N * out_stride + i % N * W);
   for (int64_t j = 0; j < count; j += 2) {
-    ahead.fetch(j);
-    ahead.fetch(j + 1);
     const T *a = values.row<T>(j) + d, *b = values.row<T>(j + 1) + d;
     Pairs v[N];
     for (int c = 0; c < D; ++c) {
       const int64_t at = c * Pairs::WIDTH;
       interleave(load_pairs(a + at), load_pairs(b + at), v[2 * c], v[2 * c + 1]);
+      if (is_first_run<T>) {
+        fetch(ahead.row<T>(j), d + at);
+        fetch(ahead.row<T>(j + 1), d + at);
+      }
     }
     for (int r = 0; r < R; ++r) {
       const Pairs weight = all_pairs(weights + r * weight_stride + j);
@@ -90,21 +95,20 @@ inline void accumulate_interleaved(const BFloat16* weights, int64_t weight_strid
 
 // Reads one value more where `count` is odd, whose weight is zero.
 template <class KV, int R>
-void accumulate_pairs(const void* weights, int64_t weight_bytes, CacheRows values, int64_t count,
-                      int64_t dim, float* out, int64_t out_stride, const Ahead& ahead) {
-  constexpr int D = R <= 2 ? 4 : 2, STEP = D * Pairs::WIDTH;
+void accumulate_pairs(const void* weights, int64_t weight_bytes, CacheRows values, CacheRows ahead,
+                      int64_t count, int64_t dim, float* out, int64_t out_stride) {
+  constexpr int D = R <= 2 ? 4 : 2;
   const auto* w = static_cast<const BFloat16*>(weights);
   for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
     using T = decltype(tag);
     int64_t d = 0;
-    for (; d + STEP <= n; d += STEP) {
-      accumulate_interleaved<T, R, D>(w, weight_bytes / 2, values, count, d, out + begin + d,
-                                      out_stride, ahead.share(begin + d, begin + d + STEP, dim));
+    for (; d + D * Pairs::WIDTH <= n; d += D * Pairs::WIDTH) {
+      accumulate_interleaved<T, R, D>(w, weight_bytes / 2, values, ahead, count, d, out + begin + d,
+                                      out_stride);
     }
     for (; d < n; d += Pairs::WIDTH) {
-      accumulate_interleaved<T, R, 1>(
-          w, weight_bytes / 2, values, count, d, out + begin + d, out_stride,
-          ahead.share(begin + d, begin + d + Pairs::WIDTH, dim));
+      accumulate_interleaved<T, R, 1>(w, weight_bytes / 2, values, ahead, count, d, out + begin + d,
+                                      out_stride);
     }
   });
 }

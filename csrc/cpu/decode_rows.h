@@ -64,50 +64,44 @@ bool expand_row(const void* row, int64_t dim, void* expanded) {
   return reduce_add(zeros) == 0.0f;
 }
 
-// Rows that will be needed soon. Asked for all at once they would fill the buffers for misses and
-// hold up the loads behind them: the loops below ask for one after the other as they go. They go to
-// the second-level cache: the first holds too few lines, and too few of its misses can be under way.
-struct Ahead {
-  CacheRows rows;
-  int64_t count, bytes;
+// What is loaded from a row is at the same time asked for from one that will be needed soon. Asked
+// for in bursts it would fill the buffers for misses and hold up the loads behind; and it goes to the
+// second-level cache, because the first holds too few lines and too few of its misses can be under
+// way. Inline before all else: GCC takes a function that only prefetches for one without effects,
+// and leaves its calls out.
+template <class T>
+__attribute__((always_inline)) inline void fetch(const T* row, int64_t elements) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  if (sizeof(T) > 1 || elements % LINE == 0) _mm_prefetch(row + elements, _MM_HINT_T1);
+}
+template <class T>
+constexpr bool is_first_run = !std::is_same<T, Nibble<1>>::value;
 
-  // What comes due with elements [begin, end) out of `dim`.
-  Ahead share(int64_t begin, int64_t end, int64_t dim) const {
-    const int64_t first = round_up(bytes * begin / dim, 64);
-    return {{rows.at, rows.offset + first}, count, bytes * end / dim - first};
-  }
-
-  // Inline before all else: GCC takes a function that only prefetches for one without effects, and
-  // leaves its calls out.
-  __attribute__((always_inline)) void fetch(int64_t i) const {
-    if (i >= count) return;
-    const char* row = rows.row<char>(i);
-    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
-  }
-};
-
-// scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
-// F32::WIDTH behind `count`. Query rows are `query_bytes` apart.
-template <class KV, int R>
-void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, int64_t count, int64_t dim,
-              float* scores, int64_t score_stride, const Ahead& ahead) {
+// scores[r][j] = queries[r] . keys[j]. Reads keys, fetches rows `ahead` and writes scores up to the
+// next multiple of F32::WIDTH behind `count`. Query rows are `query_bytes` apart.
+template <class KV, int R, bool FETCHES = true>
+void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+              int64_t count, int64_t dim, float* scores, int64_t score_stride) {
   // Keys at a time: one vector of sums for each query row and key, and all of them reduced at once.
   constexpr int J = F32::WIDTH / (R == 3 ? 4 : R);
   constexpr int W = F32::WIDTH;
   const int64_t query_stride = query_bytes / 4;
   for (int64_t j = 0; j < count; j += J) {
-    for (int c = 0; c < J; ++c) ahead.fetch(j + c);
     F32 sums[W];
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
     for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
       using T = decltype(tag);
-      const T* key[J];
+      const T *key[J], *next[J];
       for (int c = 0; c < J; ++c) key[c] = keys.row<T>(j + c);
+      for (int c = 0; c < J; ++c) next[c] = FETCHES ? ahead.row<T>(j + c) : nullptr;
       const float* q = static_cast<const float*>(queries) + begin;
       int64_t d = 0;
       for (; d + W <= n; d += W) {
         F32 k[J];
-        for (int c = 0; c < J; ++c) k[c] = load(key[c] + d);
+        for (int c = 0; c < J; ++c) {
+          k[c] = load(key[c] + d);
+          if (FETCHES && is_first_run<T>) fetch(next[c], d);
+        }
         for (int r = 0; r < R; ++r) {
           const F32 x = held(load(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
@@ -131,17 +125,19 @@ void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, int64_t 
 // out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...].
 template <class T, int R, int D>
 inline void accumulate_vectors(const float* weights, int64_t weight_stride, CacheRows values,
-                               int64_t count, int64_t d, int tail, float* out, int64_t out_stride,
-                               Ahead ahead) {
+                               CacheRows ahead, int64_t count, int64_t d, int tail, float* out,
+                               int64_t out_stride) {
   constexpr int W = F32::WIDTH;
   F32 sums[R * D];
 #pragma GCC unroll 16
   for (int i = 0; i < R * D; ++i) sums[i] = load(out + i / D * out_stride + i % D * W);
   for (int64_t j = 0; j < count; ++j) {
-    ahead.fetch(j);
-    const T* value = values.row<T>(j) + d;
+    const T *value = values.row<T>(j) + d, *next = ahead.row<T>(j);
     F32 v[D];
-    for (int c = 0; c < D; ++c) v[c] = tail ? load_partial(value, tail) : load(value + c * W);
+    for (int c = 0; c < D; ++c) {
+      v[c] = tail ? load_partial(value, tail) : load(value + c * W);
+      if (is_first_run<T>) fetch(next, d + c * W);
+    }
     for (int r = 0; r < R; ++r) {
       const F32 weight = F32::all(weights[r * weight_stride + j]);
       for (int c = 0; c < D; ++c) sums[r * D + c] = fma(weight, v[c], sums[r * D + c]);
@@ -154,8 +150,8 @@ inline void accumulate_vectors(const float* weights, int64_t weight_stride, Cach
 // out[r] += sum over j < count of weights[r][j] * values[j]. Rows of weights are `weight_bytes`
 // apart.
 template <class KV, int R>
-void accumulate_rows(const void* weights, int64_t weight_bytes, CacheRows values, int64_t count,
-                     int64_t dim, float* out, int64_t out_stride, const Ahead& ahead) {
+void accumulate_rows(const void* weights, int64_t weight_bytes, CacheRows values, CacheRows ahead,
+                     int64_t count, int64_t dim, float* out, int64_t out_stride) {
   // As many sums as hide the latency of an addition and still leave registers for the values.
   constexpr int W = F32::WIDTH;
   constexpr int D = R == 1 ? 8 : R == 2 ? 4 : W == 8 ? 2 : 4;
@@ -164,13 +160,13 @@ void accumulate_rows(const void* weights, int64_t weight_bytes, CacheRows values
     using T = decltype(tag);
     int64_t d = 0;
     for (; d + D * W <= n; d += D * W) {
-      accumulate_vectors<T, R, D>(w, weight_bytes / 4, values, count, d, 0, out + begin + d,
-                                  out_stride, ahead.share(begin + d, begin + d + D * W, dim));
+      accumulate_vectors<T, R, D>(w, weight_bytes / 4, values, ahead, count, d, 0, out + begin + d,
+                                  out_stride);
     }
     for (; d < n; d += W) {
       const int tail = d + W <= n ? 0 : static_cast<int>(n - d);
-      accumulate_vectors<T, R, 1>(w, weight_bytes / 4, values, count, d, tail, out + begin + d,
-                                  out_stride, ahead.share(begin + d, begin + d + W, dim));
+      accumulate_vectors<T, R, 1>(w, weight_bytes / 4, values, ahead, count, d, tail,
+                                  out + begin + d, out_stride);
     }
   });
 }

@@ -82,9 +82,9 @@ constexpr Float8Table float8_table() {
 inline Pairs load_pairs(const Float8* p) {
   static constexpr Float8Table TABLE = float8_table();
   const __m512i words = load_words(&p->bits);
-  const auto* t = reinterpret_cast<const __m512i*>(TABLE.bits);
-  const __m512i small = _mm512_permutex2var_epi16(t[0], words, t[1]);
-  const __m512i large = _mm512_permutex2var_epi16(t[2], words, t[3]);
+  const auto table = [](int i) { return _mm512_load_si512(TABLE.bits + 32 * i); };
+  const __m512i small = _mm512_permutex2var_epi16(table(0), words, table(1));
+  const __m512i large = _mm512_permutex2var_epi16(table(2), words, table(3));
   const __mmask32 is_large = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x40));
   const __m512i magnitude = _mm512_mask_blend_epi16(is_large, small, large);
   const __m512i sign = _mm512_set1_epi16(INT16_MIN);
