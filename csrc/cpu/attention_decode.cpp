@@ -117,14 +117,14 @@ class Decode {
       tile = scores + rows * SCORE_STRIDE;
       maxima = tile + STEP * wider;
       sums = maxima + rows;
-      for (int64_t j = 0; j < STEP; ++j) {
-        k_tile[j] = tile + j * k_size;
-        v_tile[j] = tile + j * v_size;
+      for (int64_t j = 0; j < 2 * STEP; ++j) {
+        k_tile[j] = tile + j % STEP * k_size;
+        v_tile[j] = tile + j % STEP * v_size;
       }
     }
     Workspace<float> memory;
     float *queries, *out, *scores, *tile, *maxima, *sums;
-    const void *k_tile[STEP], *v_tile[STEP];
+    const void *k_tile[2 * STEP], *v_tile[2 * STEP];  // as a block's, each row twice
   };
 
   float* partial(const Request& r, int64_t kv_head, int64_t split, int64_t row) const {

@@ -42,15 +42,18 @@ void dot_pairs(const void* queries, int64_t query_bytes, CacheRows keys, CacheRo
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
     for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
       using T = decltype(tag);
-      const T *key[J], *next[J];
-      for (int c = 0; c < J; ++c) key[c] = keys.row<T>(j + c);
-      for (int c = 0; c < J; ++c) next[c] = ahead.row<T>(j + c);
+      const T *key[J], *near[J], *far[J];
+      for (int c = 0; c < J; ++c) {
+        key[c] = keys.row<T>(j + c);
+        near[c] = keys.row<T>(j + J + c);
+        far[c] = ahead.row<T>(j + c);
+      }
       const BFloat16* q = static_cast<const BFloat16*>(queries) + begin;
       for (int64_t d = 0; d < n; d += Pairs::WIDTH) {
         Pairs k[J];
         for (int c = 0; c < J; ++c) {
           k[c] = load_pairs(key[c] + d);
-          if (is_first_run<T>) fetch(next[c], d);
+          fetch(near[c], far[c], d);
         }
         for (int r = 0; r < R; ++r) {
           const Pairs x = held(load_pairs(q + r * query_stride + d));
@@ -79,10 +82,8 @@ inline void accumulate_interleaved(const BFloat16* weights, int64_t weight_strid
     for (int c = 0; c < D; ++c) {
       const int64_t at = c * Pairs::WIDTH;
       interleave(load_pairs(a + at), load_pairs(b + at), v[2 * c], v[2 * c + 1]);
-      if (is_first_run<T>) {
-        fetch(ahead.row<T>(j), d + at);
-        fetch(ahead.row<T>(j + 1), d + at);
-      }
+      fetch(values.row<T>(j + NEAR_VALUES), ahead.row<T>(j), d + at);
+      fetch(values.row<T>(j + NEAR_VALUES + 1), ahead.row<T>(j + 1), d + at);
     }
     for (int r = 0; r < R; ++r) {
       const Pairs weight = all_pairs(weights + r * weight_stride + j);
@@ -93,7 +94,8 @@ inline void accumulate_interleaved(const BFloat16* weights, int64_t weight_strid
   for (int i = 0; i < R * N; ++i) store(out + i / N * out_stride + i % N * W, sums[i]);
 }
 
-// Reads one value more where `count` is odd, whose weight is zero.
+// Reads one value more where `count` is odd, whose weight is zero; pointers to NEAR_VALUES + 1 more
+// exist.
 template <class KV, int R>
 void accumulate_pairs(const void* weights, int64_t weight_bytes, CacheRows values, CacheRows ahead,
                       int64_t count, int64_t dim, float* out, int64_t out_stride) {

@@ -64,21 +64,28 @@ bool expand_row(const void* row, int64_t dim, void* expanded) {
   return reduce_add(zeros) == 0.0f;
 }
 
-// What is loaded from a row is at the same time asked for from one that will be needed soon. Asked
-// for in bursts it would fill the buffers for misses and hold up the loads behind; and it goes to the
-// second-level cache, because the first holds too few lines and too few of its misses can be under
-// way. Inline before all else: GCC takes a function that only prefetches for one without effects,
-// and leaves its calls out.
+// Behind the row that is being loaded come two that are fetched, each with the same elements: a near
+// one to the first-level cache, and one of the next tile to the second level. From memory straight to
+// the first level would be too much: it holds too few lines, and too few of its misses can be under
+// way. Asked for in bursts they would fill the buffers for misses and hold up the loads behind.
+//
+// Inline before all else: GCC takes a function that only prefetches for one without effects, and
+// leaves its calls out.
 template <class T>
-__attribute__((always_inline)) inline void fetch(const T* row, int64_t elements) {
+__attribute__((always_inline)) inline void fetch(const T* near, const T* far, int64_t elements) {
   constexpr int64_t LINE = 64 / sizeof(T);
-  if (sizeof(T) > 1 || elements % LINE == 0) _mm_prefetch(row + elements, _MM_HINT_T1);
+  if (std::is_same<T, Nibble<1>>::value) return;  // of the same bytes as Nibble<0>
+  if (sizeof(T) > 1 || elements % LINE == 0) {
+    _mm_prefetch(near + elements, _MM_HINT_T0);
+    _mm_prefetch(far + elements, _MM_HINT_T1);
+  }
 }
-template <class T>
-constexpr bool is_first_run = !std::is_same<T, Nibble<1>>::value;
 
-// scores[r][j] = queries[r] . keys[j]. Reads keys, fetches rows `ahead` and writes scores up to the
-// next multiple of F32::WIDTH behind `count`. Query rows are `query_bytes` apart.
+constexpr int NEAR_VALUES = 4;  // rows
+
+// scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
+// F32::WIDTH behind `count`, and fetches as many rows `ahead`; pointers to F32::WIDTH more keys exist.
+// Query rows are `query_bytes` apart.
 template <class KV, int R, bool FETCHES = true>
 void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
               int64_t count, int64_t dim, float* scores, int64_t score_stride) {
@@ -91,16 +98,19 @@ void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRow
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
     for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
       using T = decltype(tag);
-      const T *key[J], *next[J];
-      for (int c = 0; c < J; ++c) key[c] = keys.row<T>(j + c);
-      for (int c = 0; c < J; ++c) next[c] = FETCHES ? ahead.row<T>(j + c) : nullptr;
+      const T *key[J], *near[J], *far[J];
+      for (int c = 0; c < J; ++c) {
+        key[c] = keys.row<T>(j + c);
+        near[c] = FETCHES ? keys.row<T>(j + J + c) : nullptr;
+        far[c] = FETCHES ? ahead.row<T>(j + c) : nullptr;
+      }
       const float* q = static_cast<const float*>(queries) + begin;
       int64_t d = 0;
       for (; d + W <= n; d += W) {
         F32 k[J];
         for (int c = 0; c < J; ++c) {
           k[c] = load(key[c] + d);
-          if (FETCHES && is_first_run<T>) fetch(next[c], d);
+          if (FETCHES) fetch(near[c], far[c], d);
         }
         for (int r = 0; r < R; ++r) {
           const F32 x = held(load(q + r * query_stride + d));
@@ -132,11 +142,12 @@ inline void accumulate_vectors(const float* weights, int64_t weight_stride, Cach
 #pragma GCC unroll 16
   for (int i = 0; i < R * D; ++i) sums[i] = load(out + i / D * out_stride + i % D * W);
   for (int64_t j = 0; j < count; ++j) {
-    const T *value = values.row<T>(j) + d, *next = ahead.row<T>(j);
+    const T* value = values.row<T>(j) + d;
+    const T *near = values.row<T>(j + NEAR_VALUES), *far = ahead.row<T>(j);
     F32 v[D];
     for (int c = 0; c < D; ++c) {
       v[c] = tail ? load_partial(value, tail) : load(value + c * W);
-      if (is_first_run<T>) fetch(next, d + c * W);
+      fetch(near, far, d + c * W);
     }
     for (int r = 0; r < R; ++r) {
       const F32 weight = F32::all(weights[r * weight_stride + j]);
@@ -147,8 +158,8 @@ inline void accumulate_vectors(const float* weights, int64_t weight_stride, Cach
   for (int i = 0; i < R * D; ++i) store(out + i / D * out_stride + i % D * W, sums[i]);
 }
 
-// out[r] += sum over j < count of weights[r][j] * values[j]. Rows of weights are `weight_bytes`
-// apart.
+// out[r] += sum over j < count of weights[r][j] * values[j]; pointers to NEAR_VALUES more exist. Rows
+// of weights are `weight_bytes` apart.
 template <class KV, int R>
 void accumulate_rows(const void* weights, int64_t weight_bytes, CacheRows values, CacheRows ahead,
                      int64_t count, int64_t dim, float* out, int64_t out_stride) {
