@@ -31,7 +31,7 @@ template <class T, int R = ROWS>
 void multiply_few(const float* x, int64_t x_stride, int64_t x_rows, const void* const* rows,
                   int64_t count, int64_t depth, float* sums, int64_t sums_stride) {
   for (; x_rows >= R; x_rows -= R, x += R * x_stride, sums += R * sums_stride) {
-    dot_rows<T, R>(x, x_stride, rows, 0, count, depth, sums, sums_stride, Ahead{});
+    dot_rows<T, R, false>(x, x_stride * 4, {rows, 0}, {}, count, depth, sums, sums_stride);
   }
   if constexpr (R > 1) {
     multiply_few<T, R / 2>(x, x_stride, x_rows, rows, count, depth, sums, sums_stride);

@@ -103,7 +103,7 @@ template <>
 struct LanesOf<BFloat16Pair> {
   using type = Pairs;
 };
-inline Pairs load(const BFloat16Pair* p) { return load_pairs(p); }
+inline Pairs load(const BFloat16Pair* p) { return {_mm512_loadu_si512(p)}; }
 inline Pairs broadcast(const BFloat16Pair* p) {
   int32_t bits;
   std::memcpy(&bits, p, 4);
@@ -116,6 +116,9 @@ using Lanes = typename LanesOf<T>::type;
 inline void store(float* p, F32 x) { store_f32(p, x); }
 inline void store(Half* p, F32 x) { store_f16(&p->bits, x); }
 inline void store(BFloat16* p, F32 x) { store_bf16(&p->bits, x); }
+
+// In bfloat16 a subnormal may become zero.
+inline void store_flushed(BFloat16* p, F32 x) { store_bf16_flushed(&p->bits, x); }
 
 // Two vectors behind each other. In bfloat16 a subnormal may become zero.
 inline void store_pair(float* p, F32 a, F32 b) {

@@ -169,6 +169,7 @@ inline void store_bf16(uint16_t* p, F32 x) {  // round to nearest even; NaN beco
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+inline void store_bf16_flushed(uint16_t* p, F32 x) { store_bf16(p, x); }
 inline void store_bf16_pair(uint16_t* p, F32 a, F32 b) {
   store_bf16(p, a);
   store_bf16(p + 8, b);

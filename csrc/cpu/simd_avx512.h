@@ -20,6 +20,7 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 
 // Sixteen pairs of bfloat16.
 struct Pairs {
+  static constexpr int WIDTH = 32;
   __m512i v;
 };
 
@@ -27,7 +28,7 @@ struct Pairs {
 inline F32 fma(Pairs a, Pairs b, F32 c) {
   return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
 }
-inline Pairs load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a.v, b.v); }
 inline F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.v); }
@@ -173,6 +174,9 @@ inline void store_bf16(uint16_t* p, F32 x) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   top = _mm512_mask_mov_epi32(top, nan, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
+}
+inline void store_bf16_flushed(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));
 }
 inline void store_bf16_pair(uint16_t* p, F32 a, F32 b) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));  // flushes subnormals

@@ -201,6 +201,21 @@ inline __m512i insert_half(__m512i a, __m256i b) {
 #define _mm512_inserti64x4(a, b, part) ::tilewise::insert_half<part>(a, b)
 #define _mm512_inserti32x8(a, b, part) ::tilewise::insert_half<part>(a, b)
 
+inline __mmask32 _mm512_test_epi16_mask(__m512i a, __m512i b) {
+  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(b);
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= static_cast<__mmask32>((x.at[i] & y.at[i]) != 0) << i;
+  return mask;
+}
+inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, __m512i a, __m512i b) {
+  auto to = emulated::lanes<uint16_t>(a);
+  const auto from = emulated::lanes<uint16_t>(b);
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) to.at[i] = from.at[i];
+  }
+  return emulated::vector<__m512i>(to);
+}
+
 // --- BF16 and VNNI --------------------------------------------------------------------------------
 
 using __m512bh = __m512i;

@@ -1,0 +1,163 @@
+// The softmax of decode attention: from the products of a block to the weights of its values.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "cpu/attention.h"
+#include "cpu/decode_block.h"
+#include "cpu/decode_plan.h"
+#include "cpu/simd.h"
+
+namespace tilewise {
+
+// One query of one head in a task.
+struct DecodeRow {
+  const Request* request;
+  int64_t query, head;  // within the sequence, within the call
+  Span span;
+};
+
+class DecodeWeights {
+ public:
+  // Scales of one head's keys and values in a block.
+  struct Scales {
+    alignas(64) float k[BLOCK] = {}, v[BLOCK] = {};
+  };
+
+  explicit DecodeWeights(const Attention& a, bool are_bfloat16)
+      : a_(a), are_bfloat16_(are_bfloat16), element_size_(are_bfloat16 ? 2 : 4) {}
+
+  // Weights take the place of scores, and need not be as wide.
+  const void* at(const float* scores, int64_t j) const {
+    return reinterpret_cast<const char*>(scores) + j * element_size_;
+  }
+
+  void set(float* scores, int64_t j, float weight) const {
+    if (are_bfloat16_) {
+      from_float(weight, reinterpret_cast<BFloat16*>(scores) + j);
+    } else {
+      scores[j] = weight;
+    }
+  }
+
+  bool sees(const DecodeRow& row, const Block& block, int64_t j) const {
+    const int64_t key = block.begin + j;
+    return key >= row.span.first && key < row.span.end &&
+           !(block.any_missing && block.is_missing[j]) &&
+           !(a_.bias && bias_at(row, key) == -INFINITY);
+  }
+
+  Scales scales_of(const Block& block, int64_t head) const {
+    Scales scales;
+    if (a_.k.scale) {
+      for (int64_t j = block.first; j < block.count; ++j) {
+        scales.k[j] = block.k_scale_of(a_, j, head);
+        scales.v[j] = block.v_scale_of(a_, j, head);
+      }
+    }
+    return scales;
+  }
+
+  // From products to weights exp(score - maximum), in place, bringing the row's maximum and sum up to
+  // date. Returns what the row's output so far is to be multiplied by.
+  float weigh(const Block& block, const DecodeRow& row, const Scales& scales, float* scores,
+              float& row_maximum, float& row_sum) const {
+    constexpr int W = F32::WIDTH;
+    const int begin = static_cast<int>(block.first);
+    const int end = static_cast<int>(round_up(block.count, STEP));
+    const int first = static_cast<int>(clamp(row.span.first - block.begin, begin, end));
+    const int last = static_cast<int>(clamp(row.span.end - block.begin, begin, block.count));
+    if (first >= last) {
+      for (int j = begin; j < end; j += W) store_weights(scores, j, F32::zero());
+      return 1.0f;
+    }
+    alignas(64) float bias[BLOCK];
+    const bool has_bias = a_.bias || block.any_missing;
+    if (has_bias) {
+      std::fill(bias + begin, bias + end, 0.0f);
+      for (int j = first; j < last; ++j) {
+        const bool exists = !block.any_missing || !block.is_missing[j];
+        bias[j] = !exists ? -INFINITY : a_.bias ? bias_at(row, block.begin + j) : 0.0f;
+      }
+    }
+    const Sequence& s = row.request->sequence;
+    const bool has_alibi = a_.alibi_slopes;
+    const F32 slope = F32::all(
+        has_alibi ? a_.alibi_slopes[s.index * a_.alibi_batch_stride + row.head] : 0.0f);
+    const float distance = static_cast<float>(s.position(row.query) - block.begin);
+    const F32 softcap = F32::all(a_.softcap);
+
+    F32 maximum = F32::all(-INFINITY);
+    for (int j = begin; j < end; j += W) {
+      F32 x = load(scores + j) * F32::all(a_.scale);
+      if (a_.k.scale) x = x * load(scales.k + j);
+      // Infinity here comes from a query or a key that is not finite, which means NaN.
+      x = fma(x, F32::zero(), x);
+      if (a_.softcap > 0) x = softcap * tanh(x / softcap);
+      if (has_alibi) x = x - slope * abs(F32::all(distance - static_cast<float>(j)) - lanes());
+      if (has_bias) {
+        const F32 y = load(bias + j);
+        x = select_less(y, F32::all(-FLT_MAX), F32::all(-INFINITY), x + y);
+      }
+      if (j < first) x = select_below(first - j, F32::all(-INFINITY), x);
+      if (j + W > last) x = select_below(last - j, x, F32::all(-INFINITY));
+      store(scores + j, x);
+      maximum = max(x, maximum);  // passes over NaN, which the sum will not
+    }
+    const float old_maximum = row_maximum;
+    const float new_maximum = std::max(old_maximum, reduce_max(maximum));
+    const F32 shift = F32::all(new_maximum == -INFINITY ? 0.0f : new_maximum);
+    F32 sum = F32::zero();
+    for (int j = begin; j < end; j += W) {
+      F32 weight = exp2_below_one((load(scores + j) - shift) * F32::all(LOG2E));
+      sum = sum + weight;
+      if (a_.v.scale) weight = weight * load(scales.v + j);
+      store_weights(scores, j, weight);
+    }
+    float factor = 1.0f;
+    if (new_maximum != old_maximum) {
+      factor = exp2_of((old_maximum - new_maximum) * LOG2E);
+      row_maximum = new_maximum;
+      row_sum *= factor;
+    }
+    row_sum += reduce_add(sum);
+    return factor;
+  }
+
+ private:
+  // The bias of a row's key 0 on.
+  template <class T>
+  const T* bias_of(const DecodeRow& row) const {
+    const Sequence& s = row.request->sequence;
+    return static_cast<const T*>(a_.bias) + s.index * a_.bias_stride[0] +
+           row.head * a_.bias_stride[1] + (s.q_begin + row.query) * a_.bias_stride[2];
+  }
+
+  float bias_at(const DecodeRow& row, int64_t key) const {
+    const int64_t at = key * a_.bias_stride[3];
+    if (a_.bias_is_mask) return bias_of<uint8_t>(row)[at] ? 0.0f : -INFINITY;
+    return bias_of<float>(row)[at];
+  }
+
+  // Never reaches a score that has not been read: a weight is no wider.
+  void store_weights(float* scores, int64_t j, F32 weights) const {
+    if (are_bfloat16_) {
+      store_flushed(reinterpret_cast<BFloat16*>(scores) + j, weights);
+    } else {
+      store(scores + j, weights);
+    }
+  }
+
+  static float exp2_of(float x) {
+    float lanes[F32::WIDTH];
+    store(lanes, exp2(F32::all(x)));
+    return lanes[0];
+  }
+
+  const Attention& a_;
+  const bool are_bfloat16_;
+  const int64_t element_size_;
+};
+
+}  // namespace tilewise
