@@ -19,7 +19,7 @@ import torch
 from tilewise.dispatch import Cost
 
 _MIB = 2**20
-_BUFFER_BYTES = (1 * _MIB, 32 * _MIB, 256 * _MIB)
+_BUFFER_BYTES = (1 * _MIB, 16 * _MIB, 128 * _MIB, 512 * _MIB)
 _GPU_BUFFER_BYTES = 1024 * _MIB  # many times its cache, which benchmarks find cold
 
 
