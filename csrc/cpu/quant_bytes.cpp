@@ -21,22 +21,35 @@ constexpr int CHUNK = 2;                       // strips that are decoded at a t
 constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 
+// Sums of rows of x with the 16 rows of a panel: in memory where there are many, else in registers.
+struct SumsInMemory {
+  float* data;
+  int64_t stride;
+  F32 get(int r, int v) const { return load(data + r * stride + v * W); }
+  void set(int r, int v, F32 x) { store(data + r * stride + v * W, x); }
+};
+template <int ROWS>
+struct SumsInRegisters {
+  F32 data[ROWS][VECTORS];
+  F32 get(int r, int v) const { return data[r][v]; }
+  void set(int r, int v, F32 x) { data[r][v] = x; }
+};
+
 // One strip of codes times ROWS rows of x, which are CHUNK strips apart, added to 16 sums a row.
-template <class F, int DIGITS, int ROWS>
-void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, int64_t sums_stride) {
+template <class F, int DIGITS, int ROWS, class Sums>
+inline void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, Sums& sums) {
   constexpr int EACH = QUADS / F::GROUPS;
   constexpr int ROOM = std::min(Products<F::BITS>::ROOM, EACH);
   // With many rows a step is not unrolled: compilers then multiply first and add later, and run out
   // of registers.
-  constexpr int STEP = ROOM == EACH && ROWS * DIGITS > 3 ? 1 : ROOM;
+  constexpr int STEP = W == 8 && ROOM == EACH && ROWS * DIGITS > 3 ? 1 : ROOM;
+#pragma GCC unroll 2
   for (int g = 0; g < F::GROUPS; ++g) {
     Products<F::BITS> products[ROWS][DIGITS][VECTORS];
 #pragma GCC unroll 1
     for (int step = 0; step < EACH; step += STEP) {
 #pragma GCC unroll 8
       for (int q = g * EACH + step; q < g * EACH + step + STEP; ++q) {
-        I32 codes[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) codes[v] = load_int(&w.codes[q][v * W][0]);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -44,7 +57,7 @@ void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, in
             int32_t four;
             std::memcpy(&four, x[r * CHUNK].codes[d] + q * 4, 4);
             const I32 all = I32::all(four);
-            for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(codes[v], all);
+            for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(w.codes[q][v], all);
           }
         }
       }
@@ -67,17 +80,14 @@ void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, in
         for (int d = DIGITS - 1; d >= 0; --d) {
           F32 digit = to_f32(products[r][d][v].take());
           if constexpr (F::HAS_ZERO) {  // an exact difference: both are integers below 2^24
-            digit = fma(F32::all(-row.sums[g][d]), load(&w.zero[g][v * W]), digit);
+            digit = fma(F32::all(-row.sums[g][d]), w.zero[g][v], digit);
           }
           value = d == DIGITS - 1 ? digit : fma(value, F32::all(1 / DIGIT_BASE), digit);
         }
-        F32 scale = load(&w.scale[g][v * W]) * F32::all(row.scale);
-        float* sum = sums + r * sums_stride + v * W;
-        F32 before = load(sum);
-        if constexpr (F::HAS_SHIFT) {
-          before = fma(load(&w.shift[g][v * W]), F32::all(row.totals[g]), before);
-        }
-        store(sum, fma(value, scale, before));
+        const F32 scale = w.scale[g][v] * F32::all(row.scale);
+        F32 before = sums.get(r, v);
+        if constexpr (F::HAS_SHIFT) before = fma(w.shift[g][v], F32::all(row.totals[g]), before);
+        sums.set(r, v, fma(value, scale, before));
       }
     }
   }
@@ -118,15 +128,11 @@ class SplitRows {
 
 template <class F, int DIGITS, int ROWS>
 void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
-                     float* sums, int64_t sums_stride) {
-  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums += ROWS * sums_stride) {
-    for (int s = 0; s < strips; ++s) {
-      multiply_strip<F, DIGITS, ROWS>(w[s], x[0] + s, sums, sums_stride);
-    }
+                     SumsInMemory sums) {
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums.data += ROWS * sums.stride) {
+    for (int s = 0; s < strips; ++s) multiply_strip<F, DIGITS, ROWS>(w[s], x[0] + s, sums);
   }
-  if constexpr (ROWS > 1) {
-    multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums, sums_stride);
-  }
+  if constexpr (ROWS > 1) multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
 }
 
 // Rows of x at a time, as many as leave the sums in registers.
@@ -155,9 +161,37 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
       prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
       multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
-                                                       end - begin, sums + i * PANEL_ROWS,
-                                                       sums_stride);
+                                                       end - begin,
+                                                       {sums + i * PANEL_ROWS, sums_stride});
     }
+  }
+}
+
+// One panel with as many rows as leave everything in registers: no strip is written to memory, if
+// all that it is made of is inlined.
+template <class F, int DIGITS, int ROWS = std::min<int>(ROWS_AT_ONCE<DIGITS>, FEW_ROWS)>
+__attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel, const SplitRows<DIGITS>& x, int64_t begin,
+                  int64_t rows, float* sums, int64_t sums_stride) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      return stream_panel<F, DIGITS, ROWS - 1>(w, panel, x, begin, rows, sums, sums_stride);
+    }
+  }
+  const int64_t strips = strips_of(w.depth);
+  const int64_t strip_bytes = strips ? w.panel_bytes / strips : 0;
+  const uint8_t* data = w.data + panel * w.panel_bytes;
+  SumsInRegisters<ROWS> kept;
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) kept.data[r][v] = F32::zero();
+  }
+  for (int64_t s = 0; s < strips; ++s) {
+    prefetch(data + s * strip_bytes, strip_bytes);
+    Strip strip;
+    decode_strip<F>(w, panel, s, strip);
+    multiply_strip<F, DIGITS, ROWS>(strip, x.chunk(s)[begin] + s % CHUNK, kept);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) store(sums + r * sums_stride + v * W, kept.data[r][v]);
   }
 }
 
@@ -171,8 +205,14 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   for_panels(
       call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
       [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
-        const int64_t stride = count * PANEL_ROWS;
-        std::fill_n(sums, (rows.end - rows.begin) * stride, 0.0f);
+        const int64_t stride = count * PANEL_ROWS, x_rows = rows.end - rows.begin;
+        if (few && x_rows <= std::min<int64_t>(ROWS_AT_ONCE<DIGITS>, FEW_ROWS)) {
+          for (int i = 0; i < count; ++i) {
+            stream_panel<F, DIGITS>(w, panels[i], x, rows.begin, x_rows, sums + i * PANEL_ROWS, stride);
+          }
+          return;
+        }
+        std::fill_n(sums, x_rows * stride, 0.0f);
         const int together = few ? 1 : count;
         for (int i = 0; i < count; i += together) {
           multiply_panels<F, DIGITS>(w, panels + i, together, x, rows.begin, rows.end,
