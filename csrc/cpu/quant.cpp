@@ -71,6 +71,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   }
   const bool few = has_few_rows(call);
   if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
+  if (!few && multiply_byte_blocks(call, finish)) return;
   // Where x has several digits, byte products beat float32 ones for few rows only (measured).
   if (is_integer(call.weight.format) && (call.int8_activations || few)) {
     if (multiply_bytes(call, finish)) return;

@@ -20,6 +20,7 @@ constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
 constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
+constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
 
 // Sums of rows of x with the 16 rows of a panel: in memory where there are many, else in registers.
 struct SumsInMemory {
@@ -139,14 +140,6 @@ void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[C
 template <int DIGITS>
 constexpr int ROWS_AT_ONCE = W == 16 ? (DIGITS == 1 ? 8 : 4) : (DIGITS == 1 ? 4 : DIGITS == 2 ? 2 : 1);
 
-// Decoding waits for memory while the products of the chunk before do not, and they are too many
-// instructions for a core to look past: what comes AHEAD bytes later is asked for now. The panels of
-// a task lie behind each other.
-inline void prefetch(const uint8_t* p, int64_t bytes) {
-  constexpr int64_t AHEAD = 4096;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
-}
-
 // Some panels with the rows [begin, end) of x: a chunk of x is read once for all of them.
 template <class F, int DIGITS>
 void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
@@ -158,7 +151,7 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
   for (int64_t first = 0; first < strips; first += CHUNK) {
     const int deep = static_cast<int>(std::min<int64_t>(strips - first, CHUNK));
     for (int i = 0; i < count; ++i) {
-      prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes);
+      prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes, AHEAD);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
       multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
                                                        end - begin,
@@ -185,7 +178,7 @@ __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t pan
     for (int v = 0; v < VECTORS; ++v) kept.data[r][v] = F32::zero();
   }
   for (int64_t s = 0; s < strips; ++s) {
-    prefetch(data + s * strip_bytes, strip_bytes);
+    prefetch(data + s * strip_bytes, strip_bytes, AHEAD);
     Strip strip;
     decode_strip<F>(w, panel, s, strip);
     multiply_strip<F, DIGITS, ROWS>(strip, x.chunk(s)[begin] + s % CHUNK, kept);

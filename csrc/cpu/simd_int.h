@@ -49,6 +49,15 @@ inline F32 look_up(const float* table, I32 x) {
   return _mm512_permutexvar_ps(x.v, _mm512_loadu_ps(table));
 }
 
+template <int N>
+inline I32 shift_left(I32 a) {
+  return _mm512_slli_epi32(a.v, N);
+}
+inline I32 to_i32(F32 x) { return _mm512_cvtps_epi32(x.v); }  // to nearest
+inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
+// Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
+inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
+
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
 constexpr int BYTE_OFFSET = 128;
 
