@@ -1,6 +1,7 @@
 // Products with quantized weights: which kernel runs, and what it needs of x in float32.
 #include "cpu/quant.h"
 
+#include <cstdlib>
 #include "cpu/gemm.h"
 #include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
@@ -70,7 +71,10 @@ void quantized_matmul(const QuantizedMatmul& call) {
     return multiply_plain(call, finish, x.data, x.stride);
   }
   const bool few = has_few_rows(call);
+  const bool is_bfloat16 = call.x_dtype == DType::bf16 && !call.int8_activations;
+  static const int64_t PAIR_ROWS = getenv("PAIR_ROWS") ? atoi(getenv("PAIR_ROWS")) : 16;
   if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
+  if (is_bfloat16 && call.rows > PAIR_ROWS * call.segment_count && multiply_pairs(call, finish)) return;
   if (!few && multiply_byte_blocks(call, finish)) return;
   // Where x has several digits, byte products beat float32 ones for few rows only (measured).
   if (is_integer(call.weight.format) && (call.int8_activations || few)) {

@@ -65,7 +65,7 @@ __attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t pan
   const uint8_t* data = w.data + panel * w.panel_bytes + first * strip_bytes;
   I32 start = I32::zero();
   for (int s = 0; s < deep; ++s) {
-    prefetch(data + s * strip_bytes, strip_bytes, deep * strip_bytes);  // the next block
+    prefetch<2>(data + s * strip_bytes, strip_bytes, deep * strip_bytes);  // the next block
     Strip strip;
     decode_strip<F>(w, panel, first + s, strip);
     for (int g = 0; g < K::GROUPS; ++g) {

@@ -151,7 +151,7 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
   for (int64_t first = 0; first < strips; first += CHUNK) {
     const int deep = static_cast<int>(std::min<int64_t>(strips - first, CHUNK));
     for (int i = 0; i < count; ++i) {
-      prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes, AHEAD);
+      prefetch<1>(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes, AHEAD);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
       multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
                                                        end - begin,
@@ -178,7 +178,7 @@ __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t pan
     for (int v = 0; v < VECTORS; ++v) kept.data[r][v] = F32::zero();
   }
   for (int64_t s = 0; s < strips; ++s) {
-    prefetch(data + s * strip_bytes, strip_bytes, AHEAD);
+    prefetch<1>(data + s * strip_bytes, strip_bytes, AHEAD);
     Strip strip;
     decode_strip<F>(w, panel, s, strip);
     multiply_strip<F, DIGITS, ROWS>(strip, x.chunk(s)[begin] + s % CHUNK, kept);

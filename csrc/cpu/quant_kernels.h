@@ -16,6 +16,10 @@ bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
 // The same with many rows, on AVX-512; false elsewhere, too.
 bool multiply_byte_blocks(const QuantizedMatmul& call, const Finisher& finish);
 
+// With many rows of bfloat16, the weight rounded to it, too. False, with nothing written, without
+// AVX-512 or if x does not fit.
+bool multiply_pairs(const QuantizedMatmul& call, const Finisher& finish);
+
 // With a weight of plain numbers; x is (rows, depth), filled up to whole strips with zeros.
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                     int64_t x_stride);
@@ -43,9 +47,10 @@ inline bool has_few_rows(const QuantizedMatmul& call) {
 }
 
 // Decoding waits for memory while the products before it do not, and they are too many instructions
-// for a core to look past: what comes `ahead` bytes later is asked for now.
+// for a core to look past: what comes `ahead` bytes later is asked for now, into cache level LEVEL.
+template <int LEVEL>
 inline void prefetch(const uint8_t* p, int64_t bytes, int64_t ahead) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 4 - LEVEL);
 }
 
 // Panels of a task that reads about `bytes` of a weight, so that all threads have equally many tasks.

@@ -58,6 +58,18 @@ inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
 // Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
 inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
 
+// Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
+inline I32 bf16_pairs(F32 a, F32 b) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+// Adds two products of bfloat16 numbers in each lane.
+inline F32 dot_bf16(F32 sum, I32 a, I32 b) {
+  return _mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v);
+}
+
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
 constexpr int BYTE_OFFSET = 128;
 
