@@ -21,6 +21,7 @@
 #include <cstring>
 
 #include "cpu/attention.h"
+#include "cpu/bf16_rows.h"
 #include "cpu/simd.h"
 #include "cpu/tile_product.h"
 
@@ -83,21 +84,13 @@ class AmxEngineOf {
   // Tile (k, n) has elements 16 n ... of values 32 k ..., each row two values zipped. It follows
   // tile (k - 1, n), and there is room for KEY_BLOCK values a column.
   void pack_values(const Element* const* rows, int64_t count, Element* out) const {
-    // The unpack instructions zip 64 bits of each 128: here they are put in order again.
-    const __m512i left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     const int64_t columns = columns_of(v_dim_);
     for (int64_t k = 0; k < count; k += 2, out += DEPTH) {
       for (int64_t n = 0; n < columns; n += 2) {
-        const __m512i even = load_row(rows[k] + n * WIDTH, v_dim_ - n * WIDTH);
-        const __m512i odd = load_row(rows[k + 1] + n * WIDTH, v_dim_ - n * WIDTH);
-        const __m512i low = _mm512_unpacklo_epi16(even, odd);
-        const __m512i high = _mm512_unpackhi_epi16(even, odd);
         Element* to = out + n * KEY_BLOCK * WIDTH;
-        store_row(to, _mm512_permutex2var_epi64(low, left, high));
-        if (n + 1 < columns) {
-          store_row(to + KEY_BLOCK * WIDTH, _mm512_permutex2var_epi64(low, right, high));
-        }
+        alignas(64) Element nowhere[DEPTH];
+        zip_rows(rows[k] + n * WIDTH, rows[k + 1] + n * WIDTH, v_dim_ - n * WIDTH, to,
+                 n + 1 < columns ? to + KEY_BLOCK * WIDTH : nowhere);
       }
     }
   }
@@ -135,11 +128,6 @@ class AmxEngineOf {
   static int64_t columns_of(int64_t v_dim) { return (v_dim + WIDTH - 1) / WIDTH; }
   static const char* bytes(const Element* p) { return reinterpret_cast<const char*>(p); }
 
-  // 32 elements, zeros from `count` on.
-  static __m512i load_row(const Element* p, int64_t count) {
-    if (count >= DEPTH) return _mm512_loadu_si512(p);
-    return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
-  }
   static void store_row(Element* p, __m512i row) { _mm512_store_si512(p, row); }
 
   int64_t dim_, v_dim_;

@@ -24,6 +24,8 @@
 
 #if defined(__AMX_BF16__)
 #include "cpu/attention_engine_amx.h"
+#elif defined(__AVX512F__)
+#include "cpu/attention_engine_pairs.h"
 #endif
 
 namespace tilewise {
@@ -316,6 +318,8 @@ void attention_prefill(const Attention& a, const Sequence* sequences, int64_t co
   if (a.heads == 0) return;
 #if defined(__AMX_BF16__)
   if (AmxEngine::takes(a)) return Prefill<AmxEngine>(a, sequences, count).run();
+#elif defined(__AVX512F__)
+  if (PairsEngine::takes(a)) return Prefill<PairsEngine>(a, sequences, count).run();
 #endif
   Prefill<FloatEngine>(a, sequences, count).run();
 }

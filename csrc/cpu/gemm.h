@@ -1,4 +1,7 @@
-// Register-blocked float32 products of small matrices: C (M x N) = or += A (M x K) B (K x N).
+// Register-blocked products of small matrices with sums in float32: C (M x N) = or += A (M x K) B (K x N).
+//
+// K counts floats, or with AVX-512 also pairs of bfloat16: whoever packs pairs of k into 32 bits has
+// both multiplied and added by one instruction.
 //
 // B is packed into panels of PANEL columns, one row of a panel after the other, so that the inner
 // loop streams it; A stays where it is, and its elements are broadcast. A tile of C stays in
@@ -24,14 +27,14 @@ constexpr int PANEL = 2 * F32::WIDTH;                          // columns of a p
 constexpr int TILE_ROWS = F32::WIDTH == 16 ? 12 : 6;           // rows of C in registers
 constexpr int64_t PANEL_DEPTH = 256;                           // of B in the first-level cache
 
-// How many floats `columns` columns take once packed.
+// How many elements `columns` columns take once packed.
 constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return depth * round_up(columns, PANEL);
 }
 
 // One tile of C, over one panel of B. `columns` <= PANEL are written.
-template <int ROWS>
-inline void multiply_tile(const float* __restrict a, int64_t a_stride, const float* __restrict b,
+template <int ROWS, class T>
+inline void multiply_tile(const T* __restrict a, int64_t a_stride, const T* __restrict b,
                           int64_t depth, float* __restrict c, int64_t c_stride, int columns,
                           bool accumulate) {
   constexpr int W = F32::WIDTH;
@@ -40,10 +43,10 @@ inline void multiply_tile(const float* __restrict a, int64_t a_stride, const flo
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = F32::zero();
   for (int64_t k = 0; k < depth; ++k) {
-    const F32 b0 = load(b + k * PANEL), b1 = load(b + k * PANEL + W);
+    const Lanes<T> b0 = load(b + k * PANEL), b1 = load(b + k * PANEL + W);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
-      const F32 x = F32::all(a[r * a_stride + k]);
+      const Lanes<T> x = broadcast(a + r * a_stride + k);
       sum[r][0] = fma(x, b0, sum[r][0]);
       sum[r][1] = fma(x, b1, sum[r][1]);
     }
@@ -70,9 +73,9 @@ inline void multiply_tile(const float* __restrict a, int64_t a_stride, const flo
 }
 
 // The same for a number of rows that is only known at run time, at most ROWS.
-template <int ROWS = TILE_ROWS>
-inline void multiply_tile(int rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
-                          float* c, int64_t c_stride, int columns, bool accumulate) {
+template <int ROWS = TILE_ROWS, class T>
+inline void multiply_tile(int rows, const T* a, int64_t a_stride, const T* b, int64_t depth, float* c,
+                          int64_t c_stride, int columns, bool accumulate) {
   if (rows == ROWS) {
     multiply_tile<ROWS>(a, a_stride, b, depth, c, c_stride, columns, accumulate);
   } else if constexpr (ROWS > 1) {
@@ -80,14 +83,14 @@ inline void multiply_tile(int rows, const float* a, int64_t a_stride, const floa
   }
 }
 
-// C (m x n) = A (m x depth) B, or += where `accumulate`. B's panels are `panel_stride` floats apart
+// C (m x n) = A (m x depth) B, or += where `accumulate`. B's panels are `panel_stride` elements apart
 // (depth * PANEL unless they were packed deeper). Nothing outside of C's m x n is written.
 //
 // A panel is used for all rows of A before the next: B is read once, and the few rows of A that a
 // tile needs come from the second-level cache in time.
-inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t panel_stride,
-                     int64_t m, int64_t n, int64_t depth, float* c, int64_t c_stride,
-                     bool accumulate) {
+template <class T>
+inline void multiply(const T* a, int64_t a_stride, const T* b, int64_t panel_stride, int64_t m,
+                     int64_t n, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
   for (int64_t column = 0; column < n; column += PANEL, b += panel_stride) {
     const int columns = static_cast<int>(std::min<int64_t>(n - column, PANEL));
     for (int64_t k = 0; k == 0 || k < depth; k += PANEL_DEPTH) {

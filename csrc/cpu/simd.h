@@ -39,6 +39,11 @@ struct Nibble {  // one of a byte's two four-bit codes, stored as code + 8
   uint8_t bits;
 };
 
+// Two consecutive elements, which one instruction multiplies and adds (AVX-512 only).
+struct BFloat16Pair {
+  BFloat16 low, high;
+};
+
 inline float to_float(float x) { return x; }
 inline float to_float(Half x) { return _cvtsh_ss(x.bits); }
 inline float to_float(BFloat16 x) {
@@ -84,6 +89,29 @@ template <int HIGH>
 inline F32 load(const Nibble<HIGH>* p) {
   return load_nibbles<HIGH>(&p->bits);
 }
+
+// One element in all lanes.
+inline F32 broadcast(const float* p) { return F32::all(*p); }
+
+// A vector of what products are made of.
+template <class T>
+struct LanesOf {
+  using type = F32;
+};
+#if defined(__AVX512F__)
+template <>
+struct LanesOf<BFloat16Pair> {
+  using type = Pairs;
+};
+inline Pairs load(const BFloat16Pair* p) { return load_pairs(p); }
+inline Pairs broadcast(const BFloat16Pair* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return Pairs{_mm512_set1_epi32(bits)};
+}
+#endif
+template <class T>
+using Lanes = typename LanesOf<T>::type;
 
 inline void store(float* p, F32 x) { store_f32(p, x); }
 inline void store(Half* p, F32 x) { store_f16(&p->bits, x); }

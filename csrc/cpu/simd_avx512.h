@@ -17,6 +17,17 @@ inline F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
 inline F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 inline F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+
+// Sixteen pairs of bfloat16.
+struct Pairs {
+  __m512i v;
+};
+
+// Both products of each pair are added to c. Subnormal operands and results count as zeros.
+inline F32 fma(Pairs a, Pairs b, F32 c) {
+  return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
+}
+inline Pairs load_pairs(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a.v, b.v); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a.v, b.v); }
 inline F32 sqrt(F32 a) { return _mm512_sqrt_ps(a.v); }

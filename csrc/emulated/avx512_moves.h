@@ -223,6 +223,20 @@ inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   return {_mm512_cvtneps_pbh(low), _mm512_cvtneps_pbh(high)};
 }
 
+// Two products added one after the other, the odd one first; subnormals are zeros whatever the program
+// has chosen.
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr((before & ~0x6000u) | 0x8040u);
+  const __m512i top = _mm512_set1_epi32(-65536);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, top)),
+                        _mm512_castsi512_ps(_mm512_and_si512(b, top)), sum);
+  sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                        _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+  _mm_setcsr(before);
+  return sum;
+}
+
 // Four products of bytes, and two of words, added to a 32-bit sum.
 inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
   auto to = emulated::lanes<int32_t>(sum);

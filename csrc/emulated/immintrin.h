@@ -1,5 +1,5 @@
-// AVX-512 and AMX in terms of AVX2, so that the AMX library can be built and tested on a machine
-// that has neither. For tests: the results are those of the instructions, the speed is not.
+// AVX-512 and AMX in terms of AVX2, so that their libraries can be built and tested on a machine that
+// has neither. For tests: the results are those of the instructions, the speed is not.
 //
 // A build that has this folder in front of its include path (-Iemulated -mavx2 -mfma -mf16c) finds
 // this file instead of the compiler's <immintrin.h>. It declares, within namespace tilewise, the
@@ -25,10 +25,12 @@
 #define __AVX512VL__ 1
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
+#define TILEWISE_EMULATED 1
+#if defined(TILEWISE_EMULATES_AMX)
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
 #define __AMX_INT8__ 1
-#define TILEWISE_EMULATED 1
+#endif
 
 namespace tilewise {
 

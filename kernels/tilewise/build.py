@@ -222,7 +222,7 @@ def _recipe(isa: str, variant: str) -> _Recipe:
     own = {
         "": (*_OPTIMIZE, *ISA_FLAGS[isa]),
         "sanitized": (*_SANITIZE, *ISA_FLAGS[isa]),
-        "emulated": _EMULATE,
+        "emulated": (*_EMULATE, f"-DTILEWISE_EMULATES_{isa.upper()}"),
     }[variant]
     name = namespace(isa, variant)
     flags = (*_FLAGS, *own, f"-DTILEWISE_NAMESPACE={name}")

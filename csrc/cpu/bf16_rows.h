@@ -1,0 +1,28 @@
+// Rows of bfloat16 in the order in which products of pairs want them (AVX-512).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace tilewise {
+
+// 32 elements, zeros from `count` on.
+inline __m512i load_row(const BFloat16* p, int64_t count) {
+  if (count >= 32) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
+}
+
+// The first 32 elements of two rows, of which `count` are there, as 32 pairs.
+inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t count, BFloat16* left,
+                     BFloat16* right) {
+  // The unpack instructions zip 64 bits of each 128: here they are put in order again.
+  const __m512i of_left = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i of_right = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i even = load_row(first, count), odd = load_row(second, count);
+  const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+  _mm512_store_si512(left, _mm512_permutex2var_epi64(low, of_left, high));
+  _mm512_store_si512(right, _mm512_permutex2var_epi64(low, of_right, high));
+}
+
+}  // namespace tilewise
