@@ -97,7 +97,7 @@ template <int DIGITS>
 inline F32 number(const I32 (&digits)[DIGITS]) {
   constexpr int LAST = DIGITS - 1;
   if constexpr (DIGITS == 1) return to_f32(digits[0]);
-  const I32 low = shift_left<8>(digits[LAST - 1]) - digits[LAST - 1] + digits[LAST];
+  const I32 low = (digits[LAST - 1] << 8) - digits[LAST - 1] + digits[LAST];
   if constexpr (DIGITS == 2) return to_f32(low);
   return fma(to_f32(digits[0]), F32::all(DIGIT_BASE * DIGIT_BASE), to_f32(low));
 }

@@ -33,6 +33,12 @@ bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, c
 void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                      int64_t x_stride);
 
+#if defined(__AMX_BF16__)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+
 inline bool is_plain(Format format) { return format >= Format::plain_f32; }
 inline bool is_integer(Format format) {
   return format != Format::nf4 && format != Format::fp8 && !is_plain(format);

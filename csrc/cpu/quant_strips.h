@@ -344,10 +344,15 @@ inline F32 strip_values(const Strip& s, int quad, int i, int lane) {
     w = F::value(strips::byte_of(words, i));
   } else if constexpr (F::BITS == 8 && BYTE_OFFSET == 0) {
     w = to_f32(shift_signed(words << (24 - 8 * i), 24));
+    if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
   } else {
-    w = to_f32(strips::byte_of(words, i));
+    // A byte in the last bits of 2^23 is a float already, and one exact difference leaves the rest.
+    constexpr float MAGIC = 0x1p23f;
+    w = bits_as_f32(strips::byte_of(words, i) | I32::all(0x4b000000));
+    F32 zero = F32::all(MAGIC);
+    if constexpr (F::HAS_ZERO) zero = zero + s.zero[g][lane / F32::WIDTH];
+    w = w - zero;
   }
-  if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
   w = w * s.scale[g][lane / F32::WIDTH];
   if constexpr (F::HAS_SHIFT) w = w + s.shift[g][lane / F32::WIDTH];
   return w;

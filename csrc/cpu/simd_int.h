@@ -24,9 +24,9 @@ inline I32 operator^(I32 a, I32 b) { return _mm512_xor_si512(a.v, b.v); }
 inline I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
 inline I32 operator-(I32 a, I32 b) { return _mm512_sub_epi32(a.v, b.v); }
 inline I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
-inline I32 operator>>(I32 a, int n) { return _mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 operator<<(I32 a, int n) { return _mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 shift_signed(I32 a, int n) { return _mm512_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator>>(I32 a, unsigned n) { return _mm512_srli_epi32(a.v, n); }
+inline I32 operator<<(I32 a, unsigned n) { return _mm512_slli_epi32(a.v, n); }
+inline I32 shift_signed(I32 a, unsigned n) { return _mm512_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm512_castsi512_ps(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
@@ -49,25 +49,17 @@ inline F32 look_up(const float* table, I32 x) {
   return _mm512_permutexvar_ps(x.v, _mm512_loadu_ps(table));
 }
 
-template <int N>
-inline I32 shift_left(I32 a) {
-  return _mm512_slli_epi32(a.v, N);
-}
 inline I32 to_i32(F32 x) { return _mm512_cvtps_epi32(x.v); }  // to nearest
 inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
 // Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
 inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
 
 // Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
-inline I32 bf16_pairs(F32 a, F32 b) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-// Adds two products of bfloat16 numbers in each lane.
-inline F32 dot_bf16(F32 sum, I32 a, I32 b) {
-  return _mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v);
+inline I32 to_pairs(F32 a, F32 b) {
+  const __m512i zip = _mm512_setr_epi32(
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+      0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
 
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
@@ -107,9 +99,9 @@ inline I32 operator^(I32 a, I32 b) { return _mm256_xor_si256(a.v, b.v); }
 inline I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
 inline I32 operator-(I32 a, I32 b) { return _mm256_sub_epi32(a.v, b.v); }
 inline I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
-inline I32 operator>>(I32 a, int n) { return _mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 operator<<(I32 a, int n) { return _mm256_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 shift_signed(I32 a, int n) { return _mm256_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator>>(I32 a, unsigned n) { return _mm256_srli_epi32(a.v, n); }
+inline I32 operator<<(I32 a, unsigned n) { return _mm256_slli_epi32(a.v, n); }
+inline I32 shift_signed(I32 a, unsigned n) { return _mm256_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm256_castsi256_ps(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
