@@ -244,7 +244,8 @@ template <class F>
 int span_of(const QuantizedMatmul& call, int digits) {
   const QuantizedWeight& w = call.weight;
   if (!w.scales) return 1;  // a GGUF format
-  const int64_t most = digits == 1 ? BLOCK : 2;  // digits hold the largest of a span
+  // Several digits are as fine as the largest of a span: for float32 it must not be long.
+  const int64_t most = digits == 1 ? BLOCK : digits == 2 ? 2 : 1;
   if (w.group_strips >= strips_of(w.depth)) return static_cast<int>(most);
   return static_cast<int>(std::min(w.group_strips & -w.group_strips, most));
 }
