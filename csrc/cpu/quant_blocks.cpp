@@ -10,23 +10,21 @@
 // - Sums stay integers for as many strips as share their scales (`span`), and floats in registers for
 //   the whole block.
 // - Digits of x (quant_activations.h) are put together as integers.
-#include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
 #include "cpu/quant_strips.h"
 
 #if defined(__AVX512F__)
 
-#include <atomic>
 #include <cstring>
+
+#include "cpu/quant_blocks.h"
 
 namespace tilewise {
 namespace {
 
-constexpr int64_t BLOCK = 8;               // strips that are decoded at a time
 constexpr int64_t MOST_ROWS = 768;         // of x in a pass: what one reads stays in the second level
 constexpr int64_t SHARED_PANELS = 8;       // of a task, about
 constexpr int PAIR = 2;                    // panels of a block
-constexpr int OFFSET = 128;                // of x
 
 // Rows of x at a time: with two panels their sums fill the register file.
 template <int DIGITS>
@@ -38,15 +36,6 @@ struct Block {
   I32 codes[BLOCK * QUADS];
   I32 start[BLOCK * 2];
   F32 scale[BLOCK * 2], shift[BLOCK * 2], zero[BLOCK * 2];
-};
-
-// A block of a row of x.
-template <int DIGITS>
-struct alignas(64) RowBlock {
-  uint8_t codes[DIGITS][BLOCK * STRIP];
-  float scale[BLOCK];       // of the last digit, by strip
-  float totals[BLOCK * 2];  // by unit, of a span at its first one
-  float sums[BLOCK][DIGITS];  // of the codes of a span
 };
 
 // What is left of a format here. KEEPS_ZERO: code and zero are too far apart for a byte.
@@ -188,57 +177,6 @@ void multiply_rows(const Block* w, const RowBlock<DIGITS>* x, int64_t rows, int 
   }
 }
 
-// x in blocks, all rows of one behind each other.
-template <int DIGITS>
-class Rows {
- public:
-  // `span` in strips. `is_possible` is false if a row has no digits.
-  Rows(const QuantizedMatmul& call, int groups, int span) : rows_(call.rows) {
-    const int64_t depth = call.weight.depth, strips = strips_of(depth);
-    const int64_t shared = DIGITS == 1 ? activation_strips(call) : span;
-    data_ = make_workspace<RowBlock<DIGITS>>(rows_ * ((strips + BLOCK - 1) / BLOCK));
-    std::atomic<bool> possible{true};
-    parallel_rows(rows_, strips * STRIP, [&](int64_t m) {
-      const auto row = make_workspace<float>(strips * STRIP);
-      const auto split = make_workspace<SplitStrip<DIGITS>>(strips);
-      load_row(call, m, row.get());
-      if (!split_row(row.get(), depth, shared, groups == 2, split.get())) possible = false;
-      for (int64_t s = 0; s < strips; ++s) put(split[s], m, s, groups, span);
-    });
-    is_possible = possible;
-  }
-
-  // All rows of the block that begins with strip `first`.
-  const RowBlock<DIGITS>* block(int64_t first) const { return data_.get() + first / BLOCK * rows_; }
-
-  bool is_possible;
-
- private:
-  void put(const SplitStrip<DIGITS>& from, int64_t m, int64_t strip, int groups, int span) {
-    RowBlock<DIGITS>& to = data_[strip / BLOCK * rows_ + m];
-    const int s = static_cast<int>(strip % BLOCK), begin = s & -span;
-    for (int d = 0; d < DIGITS; ++d) {
-      for (int i = 0; i < STRIP; ++i) {
-        to.codes[d][s * STRIP + i] = static_cast<uint8_t>(from.codes[d][i] + OFFSET);
-      }
-      to.sums[begin][d] = (s == begin ? 0 : to.sums[begin][d]) + from.sums[0][d];
-    }
-    constexpr float LAST = DIGITS == 1   ? 1
-                           : DIGITS == 2 ? DIGIT_BASE
-                                         : DIGIT_BASE * DIGIT_BASE;
-    to.scale[s] = from.scale / LAST;
-    if (groups == 2) {
-      to.totals[2 * s] = from.totals[0];
-      to.totals[2 * s + 1] = from.totals[1];
-    } else {
-      to.totals[begin] = (s == begin ? 0 : to.totals[begin]) + from.totals[0];
-    }
-  }
-
-  int64_t rows_;
-  Workspace<RowBlock<DIGITS>> data_;
-};
-
 // Strips that share all scales: a power of two, so that no block cuts them.
 template <class F>
 int span_of(const QuantizedMatmul& call, int digits) {
@@ -254,7 +192,7 @@ template <class F, class K, int DIGITS>
 bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const QuantizedWeight& w = call.weight;
   const int span = span_of<F>(call, DIGITS);
-  const Rows<DIGITS> x(call, K::GROUPS, span);
+  const RowBlocks<DIGITS> x(call, K::GROUPS, span);
   if (!x.is_possible) return false;
   const int64_t strips = strips_of(w.depth);
   for_panels(

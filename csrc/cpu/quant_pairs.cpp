@@ -40,6 +40,13 @@ __attribute__((flatten)) void widen(const QuantizedWeight& w, int64_t panel, int
   }
 }
 
+// Of lanes 0, 16, ..., 1, 17, ... and so on; a NaN is larger than all. Zeros fill up what is not there.
+inline F32 largest_of(const BFloat16* x, int64_t n) {
+  F32 most = F32::zero();
+  for (int64_t i = 0; i < n; i += F32::WIDTH) most = max_bits(most, abs(load(x + i)));
+  return most;
+}
+
 // x in blocks, all rows of one behind each other, and zeros up to a whole strip.
 class Rows {
  public:
@@ -50,22 +57,20 @@ class Rows {
     std::atomic<bool> possible{true};
     parallel_rows(rows_, depth, [&](int64_t m) {
       const BFloat16* row = static_cast<const BFloat16*>(call.x) + m * call.x_stride;
-      F32 most = F32::zero(), bad = F32::zero();
+      F32 most = F32::zero();
       for (int64_t first = 0; first < depth; first += DEEP) {
         BFloat16* to = &data_[first / 2 * rows_ + m * BLOCK_PAIRS].low;
         const int64_t deep = std::min(depth - first, DEEP);
         std::copy_n(row + first, deep, to);
         std::fill_n(to + deep, round_up(deep, STRIP) - deep, BFloat16{0});
-        for (int64_t k = 0; k < deep; k += F32::WIDTH) {
-          const F32 v = load(to + k);
-          most = max(most, abs(v));
-          bad = fma(v, F32::zero(), bad);  // what is finite adds zero
-        }
+        most = max_bits(most, largest_of(to, deep));
       }
+      float of_lane[F32::WIDTH];
+      store(of_lane, most);
       // Products of tiny numbers would be lost: what is subnormal is zero here.
-      const float largest = reduce_max(most);
-      const bool is_tiny = largest > 0 && largest < 0x1p-90f;
-      if (reduce_add(bad) != 0 || is_tiny || largest > 0x1p100f) possible = false;
+      const float largest = *std::max_element(
+          of_lane, of_lane + F32::WIDTH, [](float a, float b) { return a < b || b != b; });
+      if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) possible = false;
     });
     is_possible = possible;
   }

@@ -54,6 +54,14 @@ inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
 // Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
 inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
 
+// The nearest integers, ties to even, as unsigned bytes. They must be in range.
+inline void store_bytes(uint8_t* p, F32 x) { store_rounded_i8(reinterpret_cast<int8_t*>(p), x); }
+// The larger of two numbers that are not negative; a NaN is larger than all.
+inline F32 max_bits(F32 a, F32 b) {
+  return _mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+
 // Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
 inline I32 to_pairs(F32 a, F32 b) {
   const __m512i zip = _mm512_setr_epi32(
