@@ -90,7 +90,7 @@ class RowBlocks {
     constexpr float LAST = DIGITS == 1 ? 1 : DIGITS == 2 ? DIGIT_BASE : DIGIT_BASE * DIGIT_BASE;
     const F32 top = F32::all(127), bottom = F32::all(-127);
     alignas(64) F32 sums[2][DIGITS][TOGETHER];
-    for (int i = 0; i < TOGETHER; ++i) {
+    for (int64_t i = count; i < TOGETHER; ++i) {
       for (int d = 0; d < DIGITS; ++d) sums[0][d][i] = sums[1][d][i] = F32::zero();
     }
     for (int i = 0; i < count; ++i) {
