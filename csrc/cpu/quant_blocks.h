@@ -110,25 +110,30 @@ class RowBlocks {
       }
       to.scale[s] = scales[i] / LAST;
     }
-    alignas(64) float of_half[2][DIGITS][TOGETHER];
-    for (int h = 0; h < 2; ++h) {
-      for (int d = 0; d < DIGITS; ++d) store(of_half[h][d], reduce_each(sums[h][d]));
+    F32 total[2] = {F32::zero(), F32::zero()};
+    alignas(64) float of_strip[DIGITS][TOGETHER], of_half[2][TOGETHER], of_both[TOGETHER];
+    for (int d = DIGITS; d-- > 0;) {
+      F32 both = F32::zero();
+      for (int h = 0; h < 2; ++h) {
+        const F32 sum = reduce_each(sums[h][d]);
+        total[h] = fma(total[h], F32::all(1 / DIGIT_BASE), sum);
+        both = both + sum;
+      }
+      store(of_strip[d], both);
     }
+    const F32 scale = load(scales);
+    for (int h = 0; h < 2; ++h) store(of_half[h], total[h] * scale);
+    store(of_both, (total[0] + total[1]) * scale);
     for (int i = 0; i < count; ++i) {
       RowBlock<DIGITS>& to = data_[(first + i) / BLOCK * rows_ + m];
       const int s = static_cast<int>((first + i) % BLOCK), begin = s & -span_;
-      float total[2] = {0, 0};
-      for (int d = DIGITS; d-- > 0;) {
-        for (int h = 0; h < 2; ++h) total[h] = total[h] / DIGIT_BASE + of_half[h][d][i];
-        const float sum = of_half[0][d][i] + of_half[1][d][i];
-        to.sums[begin][d] = s == begin ? sum : to.sums[begin][d] + sum;
+      for (int d = 0; d < DIGITS; ++d) {
+        to.sums[begin][d] = s == begin ? of_strip[d][i] : to.sums[begin][d] + of_strip[d][i];
       }
       if (groups_ == 2) {
-        to.totals[2 * s] = total[0] * scales[i];
-        to.totals[2 * s + 1] = total[1] * scales[i];
+        for (int h = 0; h < 2; ++h) to.totals[2 * s + h] = of_half[h][i];
       } else {
-        const float sum = (total[0] + total[1]) * scales[i];
-        to.totals[begin] = s == begin ? sum : to.totals[begin] + sum;
+        to.totals[begin] = s == begin ? of_both[i] : to.totals[begin] + of_both[i];
       }
     }
   }
