@@ -37,8 +37,9 @@ struct SumsInRegisters {
 };
 
 // One strip of codes times ROWS rows of x, which are CHUNK strips apart, added to 16 sums a row.
+// `Sums` is SumsInMemory, by value because stores might change what is referred to, or a reference.
 template <class F, int DIGITS, int ROWS, class Sums>
-inline void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, Sums& sums) {
+inline void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, Sums sums) {
   constexpr int EACH = QUADS / F::GROUPS;
   constexpr int ROOM = std::min(Products<F::BITS>::ROOM, EACH);
   // With many rows a step is not unrolled: compilers then multiply first and add later, and run out
@@ -131,7 +132,7 @@ template <class F, int DIGITS, int ROWS>
 void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
                      SumsInMemory sums) {
   for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums.data += ROWS * sums.stride) {
-    for (int s = 0; s < strips; ++s) multiply_strip<F, DIGITS, ROWS>(w[s], x[0] + s, sums);
+    for (int s = 0; s < strips; ++s) multiply_strip<F, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
   }
   if constexpr (ROWS > 1) multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
 }
@@ -181,7 +182,8 @@ __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t pan
     prefetch<1>(data + s * strip_bytes, strip_bytes, AHEAD);
     Strip strip;
     decode_strip<F>(w, panel, s, strip);
-    multiply_strip<F, DIGITS, ROWS>(strip, x.chunk(s)[begin] + s % CHUNK, kept);
+    multiply_strip<F, DIGITS, ROWS, SumsInRegisters<ROWS>&>(
+        strip, x.chunk(s)[begin] + s % CHUNK, kept);
   }
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) store(sums + r * sums_stride + v * W, kept.data[r][v]);

@@ -342,16 +342,17 @@ inline F32 strip_values(const Strip& s, int quad, int i, int lane) {
   F32 w;
   if constexpr (!F::IS_INTEGER) {
     w = F::value(strips::byte_of(words, i));
-  } else if constexpr (F::BITS == 8 && BYTE_OFFSET == 0) {
-    w = to_f32(shift_signed(words << (24 - 8 * i), 24));
-    if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
-  } else {
-    // A byte in the last bits of 2^23 is a float already, and one exact difference leaves the rest.
-    constexpr float MAGIC = 0x1p23f;
+  } else if constexpr (F32::WIDTH == 16) {
+    // One instruction puts a byte into the last bits of 2^23: a float, of which one exact difference
+    // leaves what is wanted.
     w = bits_as_f32(strips::byte_of(words, i) | I32::all(0x4b000000));
-    F32 zero = F32::all(MAGIC);
+    F32 zero = F32::all(0x1p23f);
     if constexpr (F::HAS_ZERO) zero = zero + s.zero[g][lane / F32::WIDTH];
     w = w - zero;
+  } else {
+    w = F::BITS == 8 ? to_f32(shift_signed(words << (24 - 8 * i), 24))
+                     : to_f32(strips::byte_of(words, i));
+    if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
   }
   w = w * s.scale[g][lane / F32::WIDTH];
   if constexpr (F::HAS_SHIFT) w = w + s.shift[g][lane / F32::WIDTH];
