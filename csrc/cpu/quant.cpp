@@ -86,7 +86,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   }
   const bool few = has_few_rows(call);
   const bool is_bytes = is_integer(call.weight.format);
-  if (few && is_bytes && multiply_bytes(call, finish)) return;
+  if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
   if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
   if (HAS_TILES && !call.int8_activations) return multiply_wide(call, finish, few);
   if (wants_pairs(call) && multiply_pairs(call, finish)) return;

@@ -161,9 +161,14 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
   }
 }
 
+// A panel that lies in the second-level cache may be read twice.
+template <int DIGITS>
+constexpr int STREAMED = std::min<int>(ROWS_AT_ONCE<DIGITS>, STREAMED_ROWS);
+constexpr int PASSES = W == 16 ? 2 : 1;
+
 // One panel with as many rows as leave everything in registers: no strip is written to memory, if
 // all that it is made of is inlined.
-template <class F, int DIGITS, int ROWS = std::min<int>(ROWS_AT_ONCE<DIGITS>, FEW_ROWS)>
+template <class F, int DIGITS, int ROWS = STREAMED<DIGITS>>
 __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel, const SplitRows<DIGITS>& x, int64_t begin,
                   int64_t rows, float* sums, int64_t sums_stride) {
   if constexpr (ROWS > 1) {
@@ -196,14 +201,18 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const SplitRows<DIGITS> x(call, F::GROUPS == 2);
   if (!x.is_possible) return false;
   // With few rows a panel at a time, in the order in which memory holds them.
-  const bool few = has_few_rows(call);
+  const bool few = has_few_rows(call, STREAMED_ROWS);
   for_panels(
       call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
       [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
         const int64_t stride = count * PANEL_ROWS, x_rows = rows.end - rows.begin;
-        if (few && x_rows <= std::min<int64_t>(ROWS_AT_ONCE<DIGITS>, FEW_ROWS)) {
+        if (few && x_rows <= PASSES * STREAMED<DIGITS>) {
+          const int64_t each = x_rows <= STREAMED<DIGITS> ? x_rows : (x_rows + 1) / 2;
           for (int i = 0; i < count; ++i) {
-            stream_panel<F, DIGITS>(w, panels[i], x, rows.begin, x_rows, sums + i * PANEL_ROWS, stride);
+            for (int64_t m = 0; m < x_rows; m += each) {
+              stream_panel<F, DIGITS>(w, panels[i], x, rows.begin + m, std::min(x_rows - m, each),
+                                      sums + m * stride + i * PANEL_ROWS, stride);
+            }
           }
           return;
         }

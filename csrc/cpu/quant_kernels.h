@@ -48,9 +48,11 @@ inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_
 
 // Whether there are so few rows for each weight that reading it is most of the work.
 constexpr int64_t FEW_ROWS = 4;
-inline bool has_few_rows(const QuantizedMatmul& call) {
-  return call.rows <= FEW_ROWS * call.segment_count;
+inline bool has_few_rows(const QuantizedMatmul& call, int64_t few = FEW_ROWS) {
+  return call.rows <= few * call.segment_count;
 }
+// The same for products of bytes, which keep sums of so many in 32 registers.
+constexpr int64_t STREAMED_ROWS = F32::WIDTH == 16 && !HAS_TILES ? 8 : FEW_ROWS;
 
 // Decoding waits for memory while the products before it do not, and they are too many instructions
 // for a core to look past: what comes `ahead` bytes later is asked for now, into cache level LEVEL.
