@@ -61,7 +61,7 @@ __attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t pan
       const int unit = s * K::GROUPS + g, begin = unit & -span;
       I32 less = I32::zero();  // than the codes as decoded
       if constexpr (K::KEEPS_ZERO) {
-        if constexpr (F::BITS == 8) less = I32::all(BYTE_OFFSET * 0x01010101);
+        if constexpr (F::BITS == 8) less = four_times(I32::all(BYTE_OFFSET));
         out.zero[begin] = strip.zero[g][0] - F32::all(F::BITS == 8 ? BYTE_OFFSET : 0);
       } else if constexpr (F::HAS_ZERO) {
         less = four_times(to_i32(strip.zero[g][0]));
