@@ -48,8 +48,8 @@ struct Kind {
 inline I32 four_times(I32 x) { return (x & I32::all(255)) * I32::all(0x01010101); }
 
 template <class F, class K>
-__attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t panel, int64_t first, int deep, int span,
-                  Block& out) {
+__attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t panel, int64_t first,
+                                           int deep, int span, Block& out) {
   const int64_t strip_bytes = w.panel_bytes / strips_of(w.depth);
   const uint8_t* data = w.data + panel * w.panel_bytes + first * strip_bytes;
   I32 start = I32::zero();

@@ -1,8 +1,9 @@
 // Products of quantized weights with activations that are bytes: see quant_activations.h.
 //
-// A strip of the weight is decoded into a buffer in the first-level cache and multiplied with all
-// rows of x: 16 rows of the weight in the lanes, four consecutive elements of a row of x broadcast to
-// them. Sums over a strip are exact integers, which one multiply-add per strip brings to float32.
+// A strip of the weight is decoded, into registers where x has few rows and else into a buffer in the
+// first-level cache, and multiplied with all rows of x: 16 rows of the weight in the lanes, four
+// consecutive elements of a row of x broadcast to them. Sums over a strip are exact integers, which one
+// multiply-add per strip brings to float32.
 //
 // With one row this is bound by memory: on AVX2 a strip of 4-bit codes (256 bytes) costs about 60
 // instructions with one digit and 140 with three.

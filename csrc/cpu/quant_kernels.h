@@ -1,4 +1,4 @@
-// The two ways to multiply, and what they share.
+// The ways to multiply, and what they share.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace tilewise {
 
-// By dot products of bytes: int8 activations, and few rows of others. False if the activations
-// cannot be split into bytes; nothing has been written then.
+// By dot products of bytes: few rows, and int8 activations where nothing faster is. False if the
+// activations cannot be split into bytes; nothing has been written then.
 bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
 
 // The same with many rows, on AVX-512; false elsewhere, too.
