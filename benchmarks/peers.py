@@ -69,6 +69,12 @@ RIVALS = {
         _ours("tilewise", "tilewise, float32"),
         _ours("tilewise-int8", "tilewise, float32, int8 activations", act="int8"),
         _ours("tilewise-bf16", "tilewise, bfloat16", dtype="bfloat16"),
+        _ours(
+            "tilewise-bf16-int8",
+            "tilewise, bfloat16, int8 activations",
+            dtype="bfloat16",
+            act="int8",
+        ),
         Rival(
             "llama.cpp",
             "llama.cpp",

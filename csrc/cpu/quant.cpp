@@ -51,6 +51,21 @@ Workspace<float> low_rank(const QuantizedMatmul& call) {
   return out;
 }
 
+// With the weight widened to floating-point numbers.
+void multiply_wide(const QuantizedMatmul& call, const Finisher& finish, bool few) {
+  const Floats x(call, call.int8_activations, false);
+  if (!few && multiply_float_tiles(call, finish, x.data, x.stride)) return;
+  multiply_floats(call, finish, x.data, x.stride);
+}
+
+// Whether there are so many rows of bfloat16 that widening the weight to it pays: below, two digits
+// are as fast (measured).
+bool wants_pairs(const QuantizedMatmul& call) {
+  const int64_t enough = is_integer(call.weight.format) ? 48 : FEW_ROWS;
+  const bool is_bfloat16 = call.x_dtype == DType::bf16 && !call.int8_activations;
+  return is_bfloat16 && call.rows > enough * call.segment_count;
+}
+
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmul& call) {
@@ -70,14 +85,15 @@ void quantized_matmul(const QuantizedMatmul& call) {
     return multiply_plain(call, finish, x.data, x.stride);
   }
   const bool few = has_few_rows(call);
+  const bool is_bytes = is_integer(call.weight.format);
+  if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
   if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
-  // Where x has several digits, byte products beat float32 ones for few rows only (measured).
-  if (is_integer(call.weight.format) && (call.int8_activations || few)) {
-    if (multiply_bytes(call, finish)) return;
-  }
-  const Floats x(call, call.int8_activations, false);
-  if (!few && multiply_float_tiles(call, finish, x.data, x.stride)) return;
-  multiply_floats(call, finish, x.data, x.stride);
+  if (HAS_TILES && !call.int8_activations) return multiply_wide(call, finish, few);
+  if (wants_pairs(call) && multiply_pairs(call, finish)) return;
+  if (is_bytes && multiply_byte_blocks(call, finish)) return;
+  // Without vpdpbusd, byte products of several digits are slower than float32 ones.
+  if (is_bytes && call.int8_activations && multiply_bytes(call, finish)) return;
+  multiply_wide(call, finish, few);
 }
 
 }  // namespace tilewise

@@ -1,8 +1,9 @@
 // Products of quantized weights with activations that are bytes: see quant_activations.h.
 //
-// A strip of the weight is decoded into a buffer in the first-level cache and multiplied with all
-// rows of x: 16 rows of the weight in the lanes, four consecutive elements of a row of x broadcast to
-// them. Sums over a strip are exact integers, which one multiply-add per strip brings to float32.
+// A strip of the weight is decoded, into registers where x has few rows and else into a buffer in the
+// first-level cache, and multiplied with all rows of x: 16 rows of the weight in the lanes, four
+// consecutive elements of a row of x broadcast to them. Sums over a strip are exact integers, which one
+// multiply-add per strip brings to float32.
 //
 // With one row this is bound by memory: on AVX2 a strip of 4-bit codes (256 bytes) costs about 60
 // instructions with one digit and 140 with three.
@@ -20,23 +21,38 @@ constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
 constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
+constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
+
+// Sums of rows of x with the 16 rows of a panel: in memory where there are many, else in registers.
+struct SumsInMemory {
+  float* data;
+  int64_t stride;
+  F32 get(int r, int v) const { return load(data + r * stride + v * W); }
+  void set(int r, int v, F32 x) { store(data + r * stride + v * W, x); }
+};
+template <int ROWS>
+struct SumsInRegisters {
+  F32 data[ROWS][VECTORS];
+  F32 get(int r, int v) const { return data[r][v]; }
+  void set(int r, int v, F32 x) { data[r][v] = x; }
+};
 
 // One strip of codes times ROWS rows of x, which are CHUNK strips apart, added to 16 sums a row.
-template <class F, int DIGITS, int ROWS>
-void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, int64_t sums_stride) {
+// `Sums` is SumsInMemory, by value because stores might change what is referred to, or a reference.
+template <class F, int DIGITS, int ROWS, class Sums>
+inline void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, Sums sums) {
   constexpr int EACH = QUADS / F::GROUPS;
   constexpr int ROOM = std::min(Products<F::BITS>::ROOM, EACH);
   // With many rows a step is not unrolled: compilers then multiply first and add later, and run out
   // of registers.
-  constexpr int STEP = ROOM == EACH && ROWS * DIGITS > 3 ? 1 : ROOM;
+  constexpr int STEP = W == 8 && ROOM == EACH && ROWS * DIGITS > 3 ? 1 : ROOM;
+#pragma GCC unroll 2
   for (int g = 0; g < F::GROUPS; ++g) {
     Products<F::BITS> products[ROWS][DIGITS][VECTORS];
 #pragma GCC unroll 1
     for (int step = 0; step < EACH; step += STEP) {
 #pragma GCC unroll 8
       for (int q = g * EACH + step; q < g * EACH + step + STEP; ++q) {
-        I32 codes[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) codes[v] = load_int(&w.codes[q][v * W][0]);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
@@ -44,7 +60,7 @@ void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, in
             int32_t four;
             std::memcpy(&four, x[r * CHUNK].codes[d] + q * 4, 4);
             const I32 all = I32::all(four);
-            for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(codes[v], all);
+            for (int v = 0; v < VECTORS; ++v) products[r][d][v].add(w.codes[q][v], all);
           }
         }
       }
@@ -67,17 +83,14 @@ void multiply_strip(const Strip& w, const SplitStrip<DIGITS>* x, float* sums, in
         for (int d = DIGITS - 1; d >= 0; --d) {
           F32 digit = to_f32(products[r][d][v].take());
           if constexpr (F::HAS_ZERO) {  // an exact difference: both are integers below 2^24
-            digit = fma(F32::all(-row.sums[g][d]), load(&w.zero[g][v * W]), digit);
+            digit = fma(F32::all(-row.sums[g][d]), w.zero[g][v], digit);
           }
           value = d == DIGITS - 1 ? digit : fma(value, F32::all(1 / DIGIT_BASE), digit);
         }
-        F32 scale = load(&w.scale[g][v * W]) * F32::all(row.scale);
-        float* sum = sums + r * sums_stride + v * W;
-        F32 before = load(sum);
-        if constexpr (F::HAS_SHIFT) {
-          before = fma(load(&w.shift[g][v * W]), F32::all(row.totals[g]), before);
-        }
-        store(sum, fma(value, scale, before));
+        const F32 scale = w.scale[g][v] * F32::all(row.scale);
+        F32 before = sums.get(r, v);
+        if constexpr (F::HAS_SHIFT) before = fma(w.shift[g][v], F32::all(row.totals[g]), before);
+        sums.set(r, v, fma(value, scale, before));
       }
     }
   }
@@ -118,28 +131,16 @@ class SplitRows {
 
 template <class F, int DIGITS, int ROWS>
 void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
-                     float* sums, int64_t sums_stride) {
-  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums += ROWS * sums_stride) {
-    for (int s = 0; s < strips; ++s) {
-      multiply_strip<F, DIGITS, ROWS>(w[s], x[0] + s, sums, sums_stride);
-    }
+                     SumsInMemory sums) {
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums.data += ROWS * sums.stride) {
+    for (int s = 0; s < strips; ++s) multiply_strip<F, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
   }
-  if constexpr (ROWS > 1) {
-    multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums, sums_stride);
-  }
+  if constexpr (ROWS > 1) multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
 }
 
 // Rows of x at a time, as many as leave the sums in registers.
 template <int DIGITS>
 constexpr int ROWS_AT_ONCE = W == 16 ? (DIGITS == 1 ? 8 : 4) : (DIGITS == 1 ? 4 : DIGITS == 2 ? 2 : 1);
-
-// Decoding waits for memory while the products of the chunk before do not, and they are too many
-// instructions for a core to look past: what comes AHEAD bytes later is asked for now. The panels of
-// a task lie behind each other.
-inline void prefetch(const uint8_t* p, int64_t bytes) {
-  constexpr int64_t AHEAD = 4096;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + AHEAD + i);
-}
 
 // Some panels with the rows [begin, end) of x: a chunk of x is read once for all of them.
 template <class F, int DIGITS>
@@ -152,12 +153,46 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
   for (int64_t first = 0; first < strips; first += CHUNK) {
     const int deep = static_cast<int>(std::min<int64_t>(strips - first, CHUNK));
     for (int i = 0; i < count; ++i) {
-      prefetch(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes);
+      prefetch<1>(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes, AHEAD);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
       multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
-                                                       end - begin, sums + i * PANEL_ROWS,
-                                                       sums_stride);
+                                                       end - begin,
+                                                       {sums + i * PANEL_ROWS, sums_stride});
     }
+  }
+}
+
+// A panel that lies in the second-level cache may be read twice.
+template <int DIGITS>
+constexpr int STREAMED = std::min<int>(ROWS_AT_ONCE<DIGITS>, STREAMED_ROWS);
+constexpr int PASSES = W == 16 ? 2 : 1;
+
+// One panel with as many rows as leave everything in registers: no strip is written to memory, if
+// all that it is made of is inlined.
+template <class F, int DIGITS, int ROWS = STREAMED<DIGITS>>
+__attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel, const SplitRows<DIGITS>& x, int64_t begin,
+                  int64_t rows, float* sums, int64_t sums_stride) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      return stream_panel<F, DIGITS, ROWS - 1>(w, panel, x, begin, rows, sums, sums_stride);
+    }
+  }
+  const int64_t strips = strips_of(w.depth);
+  const int64_t strip_bytes = strips ? w.panel_bytes / strips : 0;
+  const uint8_t* data = w.data + panel * w.panel_bytes;
+  SumsInRegisters<ROWS> kept;
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) kept.data[r][v] = F32::zero();
+  }
+  for (int64_t s = 0; s < strips; ++s) {
+    prefetch<1>(data + s * strip_bytes, strip_bytes, AHEAD);
+    Strip strip;
+    decode_strip<F>(w, panel, s, strip);
+    multiply_strip<F, DIGITS, ROWS, SumsInRegisters<ROWS>&>(
+        strip, x.chunk(s)[begin] + s % CHUNK, kept);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) store(sums + r * sums_stride + v * W, kept.data[r][v]);
   }
 }
 
@@ -167,12 +202,22 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const SplitRows<DIGITS> x(call, F::GROUPS == 2);
   if (!x.is_possible) return false;
   // With few rows a panel at a time, in the order in which memory holds them.
-  const bool few = has_few_rows(call);
+  const bool few = has_few_rows(call, STREAMED_ROWS);
   for_panels(
       call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
       [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
-        const int64_t stride = count * PANEL_ROWS;
-        std::fill_n(sums, (rows.end - rows.begin) * stride, 0.0f);
+        const int64_t stride = count * PANEL_ROWS, x_rows = rows.end - rows.begin;
+        if (few && x_rows <= PASSES * STREAMED<DIGITS>) {
+          const int64_t each = x_rows <= STREAMED<DIGITS> ? x_rows : (x_rows + 1) / 2;
+          for (int i = 0; i < count; ++i) {
+            for (int64_t m = 0; m < x_rows; m += each) {
+              stream_panel<F, DIGITS>(w, panels[i], x, rows.begin + m, std::min(x_rows - m, each),
+                                      sums + m * stride + i * PANEL_ROWS, stride);
+            }
+          }
+          return;
+        }
+        std::fill_n(sums, x_rows * stride, 0.0f);
         const int together = few ? 1 : count;
         for (int i = 0; i < count; i += together) {
           multiply_panels<F, DIGITS>(w, panels + i, together, x, rows.begin, rows.end,

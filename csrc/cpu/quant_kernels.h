@@ -1,4 +1,4 @@
-// The two ways to multiply, and what they share.
+// The ways to multiply, and what they share.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,16 @@
 
 namespace tilewise {
 
-// By dot products of bytes: int8 activations, and few rows of others. False if the activations
-// cannot be split into bytes; nothing has been written then.
+// By dot products of bytes: few rows, and int8 activations where nothing faster is. False if the
+// activations cannot be split into bytes; nothing has been written then.
 bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
+
+// The same with many rows, on AVX-512; false elsewhere, too.
+bool multiply_byte_blocks(const QuantizedMatmul& call, const Finisher& finish);
+
+// With many rows of bfloat16, the weight rounded to it, too. False, with nothing written, without
+// AVX-512 or if x does not fit.
+bool multiply_pairs(const QuantizedMatmul& call, const Finisher& finish);
 
 // With a weight of plain numbers; x is (rows, depth), filled up to whole strips with zeros.
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
@@ -26,6 +33,12 @@ bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, c
 void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                      int64_t x_stride);
 
+#if defined(__AMX_BF16__)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+
 inline bool is_plain(Format format) { return format >= Format::plain_f32; }
 inline bool is_integer(Format format) {
   return format != Format::nf4 && format != Format::fp8 && !is_plain(format);
@@ -35,8 +48,17 @@ inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_
 
 // Whether there are so few rows for each weight that reading it is most of the work.
 constexpr int64_t FEW_ROWS = 4;
-inline bool has_few_rows(const QuantizedMatmul& call) {
-  return call.rows <= FEW_ROWS * call.segment_count;
+inline bool has_few_rows(const QuantizedMatmul& call, int64_t few = FEW_ROWS) {
+  return call.rows <= few * call.segment_count;
+}
+// The same for products of bytes, which keep sums of so many in 32 registers.
+constexpr int64_t STREAMED_ROWS = F32::WIDTH == 16 && !HAS_TILES ? 8 : FEW_ROWS;
+
+// Decoding waits for memory while the products before it do not, and they are too many instructions
+// for a core to look past: what comes `ahead` bytes later is asked for now, into cache level LEVEL.
+template <int LEVEL>
+inline void prefetch(const uint8_t* p, int64_t bytes, int64_t ahead) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 4 - LEVEL);
 }
 
 // Panels of a task that reads about `bytes` of a weight, so that all threads have equally many tasks.
@@ -47,6 +69,19 @@ inline int64_t equal_shares(const QuantizedMatmul& call, int64_t bytes) {
   const int64_t tasks = std::max<int64_t>(rounds, 1) * threads;
   const int64_t of_weight = (tasks + call.segment_count - 1) / call.segment_count;
   return (panels + of_weight - 1) / of_weight;
+}
+
+// About `wanted` panels of a task, a multiple of `step`, such that the last round of tasks leaves as
+// few threads idle as possible.
+inline int64_t even_shares(const QuantizedMatmul& call, int64_t wanted, int64_t step) {
+  const int64_t panels = panels_of(call.weight.rows), threads = thread_count();
+  int64_t best = wanted, least = INT64_MAX;
+  for (int64_t each = wanted + wanted / 2; each >= wanted / 2; each -= step) {
+    const int64_t tasks = (panels + each - 1) / each * call.segment_count;
+    const int64_t longest = (tasks + threads - 1) / threads * each;
+    if (longest < least) best = each, least = longest;
+  }
+  return best;
 }
 
 // The work on all segments, in tasks of up to `each` panels: body(segment, panels, count, sums) writes
@@ -79,15 +114,13 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
     const auto sums = make_workspace<float>(round_up(rows, 16) * count * PANEL_ROWS);
     body(segment, panels.get(), count, sums.get());
     for (int64_t m = segment.begin; m < segment.end; ++m) {
-      for (int i = 0; i < half; ++i) {
-        float* y = sums.get() + ((m - segment.begin) * count + i) * PANEL_ROWS;
-        const int64_t first = (begin + i) * PANEL_ROWS;
-        if (is_kept) {
-          std::copy_n(y, PANEL_ROWS, kept.get() + m * kept_stride + first);
-        } else {
-          const int64_t columns = std::min<int64_t>(outputs - first, PANEL_ROWS);
-          finish(m, first, static_cast<int>(columns), y, y + half * PANEL_ROWS);
-        }
+      float* y = sums.get() + (m - segment.begin) * count * PANEL_ROWS;
+      const int64_t first = begin * PANEL_ROWS;
+      if (is_kept) {
+        std::copy_n(y, half * PANEL_ROWS, kept.get() + m * kept_stride + first);
+      } else {
+        const int64_t columns = std::min<int64_t>(outputs - first, half * PANEL_ROWS);
+        finish(m, first, static_cast<int>(columns), y, y + half * PANEL_ROWS);
       }
     }
   });

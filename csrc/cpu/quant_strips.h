@@ -17,10 +17,12 @@ namespace tilewise {
 
 constexpr int QUADS = STRIP / 4;
 
+// Vectors rather than arrays: compilers keep a strip that is used at once in registers.
 struct alignas(64) Strip {
-  uint8_t codes[QUADS][PANEL_ROWS][4];  // [k / 4][row][k % 4]
+  static constexpr int VECTORS = PANEL_ROWS / F32::WIDTH;
+  I32 codes[QUADS][VECTORS];  // byte [k / 4][row][k % 4]
   // For k < 16 and for k >= 16, which are equal unless the format has GROUPS = 2.
-  float scale[2][PANEL_ROWS], zero[2][PANEL_ROWS], shift[2][PANEL_ROWS];
+  F32 scale[2][VECTORS], zero[2][VECTORS], shift[2][VECTORS];
 };
 
 // What kernels must know of a format to multiply its codes.
@@ -41,7 +43,7 @@ inline F32 half(const uint8_t* p, int lane) {
   return load(reinterpret_cast<const Half*>(p) + lane);
 }
 inline void put(Strip& s, int quad, int lane, I32 codes) {
-  store_int(&s.codes[quad][lane][0], codes);
+  s.codes[quad][lane / W] = codes;
 }
 inline I32 byte_of(I32 words, int i) { return (words >> (8 * i)) & I32::all(255); }
 
@@ -64,7 +66,7 @@ inline void put_bytes(Strip& s, const uint8_t* words, int lane) {
 
 template <int GROUPS>
 inline void put_zero(Strip& s, int lane, int zero) {
-  for (int g = 0; g < GROUPS; ++g) store(&s.zero[g][lane], F32::all(static_cast<float>(zero)));
+  for (int g = 0; g < GROUPS; ++g) s.zero[g][lane / W] = F32::all(static_cast<float>(zero));
 }
 
 // --- our own formats ------------------------------------------------------------------------------
@@ -76,17 +78,18 @@ inline F32 own_scale(const QuantizedWeight& w, int64_t group, int lane) {
 }
 
 inline int64_t group_of(const QuantizedWeight& w, int64_t panel, int64_t strip) {
-  return panel * w.groups + strip / w.group_strips;
+  // In 32 bits a division takes half as long.
+  return panel * w.groups + static_cast<uint32_t>(strip) / static_cast<uint32_t>(w.group_strips);
 }
 
 struct Int8 : Traits<8, 1, true, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const int64_t group = group_of(w, panel, strip);
     put_bytes(s, w.data + panel * w.panel_bytes + strip * QUADS * WORD, lane);
-    store(&s.scale[0][lane], own_scale(w, group, lane));
+    s.scale[0][lane / W] = own_scale(w, group, lane);
     F32 zero = F32::all(BYTE_OFFSET);
     if (w.zeros) zero = zero + to_f32(widen_i8(w.zeros + group * PANEL_ROWS + lane));
-    store(&s.zero[0][lane], zero);
+    s.zero[0][lane / W] = zero;
   }
 };
 
@@ -94,9 +97,9 @@ struct Int4 : Traits<4, 1, true, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const int64_t group = group_of(w, panel, strip);
     put_nibbles(s, w.data + panel * w.panel_bytes + strip * 4 * WORD, lane);
-    store(&s.scale[0][lane], own_scale(w, group, lane));
+    s.scale[0][lane / W] = own_scale(w, group, lane);
     const F32 zero = w.zeros ? to_f32(widen_u8(w.zeros + group * PANEL_ROWS + lane)) : F32::all(8);
-    store(&s.zero[0][lane], zero);
+    s.zero[0][lane / W] = zero;
   }
 };
 
@@ -107,7 +110,7 @@ struct MxFp4 : Traits<5, 1, true, false> {
                                           12, 11, 10, 9,  8,  6,  4,  0};
     put_nibbles(s, w.data + panel * w.panel_bytes + strip * 4 * WORD, lane);
     for (int i = 0; i < QUADS; ++i) {
-      put(s, i, lane, look_up_bytes(TWICE, load_int(&s.codes[i][lane][0])));
+      put(s, i, lane, look_up_bytes(TWICE, s.codes[i][lane / W]));
     }
     // 2^(code - 127) is a float's exponent as it stands, but for 0, which is subnormal, and 255, NaN.
     const uint8_t* codes = static_cast<const uint8_t*>(w.scales);
@@ -115,7 +118,7 @@ struct MxFp4 : Traits<5, 1, true, false> {
     const F32 exponent = to_f32(code), power = bits_as_f32(code << 23);
     F32 scale = select_equal(exponent, F32::zero(), F32::all(0x1p-127f), power);
     scale = select_equal(exponent, F32::all(255), F32::all(__builtin_nanf("")), scale);
-    store(&s.scale[0][lane], scale * F32::all(0.5f));
+    s.scale[0][lane / W] = scale * F32::all(0.5f);
     put_zero<1>(s, lane, 12);
   }
 };
@@ -125,7 +128,7 @@ struct Nf4 : Traits<8, 1, false, false> {
   static constexpr bool IS_INTEGER = false;
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     put_nibbles(s, w.data + panel * w.panel_bytes + strip * 4 * WORD, lane);
-    store(&s.scale[0][lane], own_scale(w, group_of(w, panel, strip), lane));
+    s.scale[0][lane / W] = own_scale(w, group_of(w, panel, strip), lane);
   }
   static F32 value(I32 code) {
     static constexpr float LEVELS[16] = {
@@ -142,7 +145,7 @@ struct Fp8 : Traits<8, 1, false, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* words = w.data + panel * w.panel_bytes + strip * QUADS * WORD;
     for (int i = 0; i < QUADS; ++i) put(s, i, lane, word(words, i, lane));
-    store(&s.scale[0][lane], own_scale(w, group_of(w, panel, strip), lane));
+    s.scale[0][lane / W] = own_scale(w, group_of(w, panel, strip), lane);
   }
   static F32 value(I32 code) {  // as load_f8e4m3
     const I32 magnitude = code & I32::all(0x7f), sign = (code & I32::all(0x80)) << 24;
@@ -163,7 +166,7 @@ inline const uint8_t* block(const QuantizedWeight& w, int64_t panel, int64_t i) 
 struct Q4_0 : Traits<4, 1, true, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* p = block<18>(w, panel, strip);
-    store(&s.scale[0][lane], half(p, lane));
+    s.scale[0][lane / W] = half(p, lane);
     put_zero<1>(s, lane, 8);
     put_nibbles(s, p + HALF, lane);
   }
@@ -172,8 +175,8 @@ struct Q4_0 : Traits<4, 1, true, false> {
 struct Q4_1 : Traits<4, 1, false, true> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* p = block<20>(w, panel, strip);
-    store(&s.scale[0][lane], half(p, lane));
-    store(&s.shift[0][lane], half(p + HALF, lane));
+    s.scale[0][lane / W] = half(p, lane);
+    s.shift[0][lane / W] = half(p + HALF, lane);
     put_nibbles(s, p + 2 * HALF, lane);
   }
 };
@@ -185,14 +188,14 @@ inline void put_fifth_bits(Strip& s, const uint8_t* bits, int lane) {
   for (int i = 0; i < QUADS; ++i) {
     const I32 four = (all >> (4 * i)) & I32::all(15);
     const I32 spread = (four * I32::all(0x00204081 << 4)) & I32::all(0x10101010);
-    put(s, i, lane, load_int(&s.codes[i][lane][0]) | spread);
+    put(s, i, lane, s.codes[i][lane / W] | spread);
   }
 }
 
 struct Q5_0 : Traits<5, 1, true, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* p = block<22>(w, panel, strip);
-    store(&s.scale[0][lane], half(p, lane));
+    s.scale[0][lane / W] = half(p, lane);
     put_zero<1>(s, lane, 16);
     put_nibbles(s, p + HALF + WORD, lane);
     put_fifth_bits(s, p + HALF, lane);
@@ -202,8 +205,8 @@ struct Q5_0 : Traits<5, 1, true, false> {
 struct Q5_1 : Traits<5, 1, false, true> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* p = block<24>(w, panel, strip);
-    store(&s.scale[0][lane], half(p, lane));
-    store(&s.shift[0][lane], half(p + HALF, lane));
+    s.scale[0][lane / W] = half(p, lane);
+    s.shift[0][lane / W] = half(p + HALF, lane);
     put_nibbles(s, p + 2 * HALF + WORD, lane);
     put_fifth_bits(s, p + 2 * HALF, lane);
   }
@@ -212,7 +215,7 @@ struct Q5_1 : Traits<5, 1, false, true> {
 struct Q8_0 : Traits<8, 1, BYTE_OFFSET != 0, false> {
   static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
     const uint8_t* p = block<34>(w, panel, strip);
-    store(&s.scale[0][lane], half(p, lane));
+    s.scale[0][lane / W] = half(p, lane);
     put_zero<1>(s, lane, BYTE_OFFSET);
     put_bytes(s, p + HALF, lane);
   }
@@ -233,8 +236,8 @@ inline void put_six_bit_scales(Strip& s, const uint8_t* p, int strip, int lane) 
     scale = (low & I32::all(15)) | ((scale >> 2) & I32::all(48));
     minimum = (low >> 4) | ((minimum >> 2) & I32::all(48));
   }
-  store(&s.scale[0][lane], half(p, lane) * to_f32(scale));
-  store(&s.shift[0][lane], F32::zero() - half(p + HALF, lane) * to_f32(minimum));
+  s.scale[0][lane / W] = half(p, lane) * to_f32(scale);
+  s.shift[0][lane / W] = F32::zero() - half(p + HALF, lane) * to_f32(minimum);
 }
 
 // Eight words of codes of BITS bits, which begin at bit `from` of every byte.
@@ -275,8 +278,8 @@ struct Q2_K : Traits<4, 2, false, true> {
     for (int g = 0; g < 2; ++g) {
       const int at = 2 * i + g;
       const I32 both = byte_of(word(p, at / 4, lane), at % 4);
-      store(&s.scale[g][lane], half(d, lane) * to_f32(both & I32::all(15)));
-      store(&s.shift[g][lane], F32::zero() - half(d + HALF, lane) * to_f32(both >> 4));
+      s.scale[g][lane / W] = half(d, lane) * to_f32(both & I32::all(15));
+      s.shift[g][lane / W] = F32::zero() - half(d + HALF, lane) * to_f32(both >> 4);
     }
     for (int q = 0; q < QUADS; ++q) {
       put(s, q, lane, field<2>(codes + i / 4 * QUADS * WORD, q, i % 4 * 2, lane));
@@ -294,7 +297,7 @@ struct Q3_K : Traits<4, 2, true, false> {
       const I32 low = byte_of(word(scales, at % 8 / 4, lane), at % 4) >> (at / 8 * 4);
       const I32 top = byte_of(word(scales, 2, lane), at % 4) >> (at / 4 * 2);
       const I32 scale = (low & I32::all(15)) | (top & I32::all(3)) << 4;
-      store(&s.scale[g][lane], half(d, lane) * to_f32(scale - I32::all(32)));
+      s.scale[g][lane / W] = half(d, lane) * to_f32(scale - I32::all(32));
     }
     put_zero<2>(s, lane, 4);
     for (int q = 0; q < QUADS; ++q) {
@@ -312,7 +315,7 @@ struct Q6_K : Traits<6, 2, true, false> {
     for (int g = 0; g < 2; ++g) {
       const int at = 2 * i + g;
       const I32 scale = shift_signed(word(scales, at / 4, lane) << (24 - at % 4 * 8), 24);
-      store(&s.scale[g][lane], half(d, lane) * to_f32(scale));
+      s.scale[g][lane / W] = half(d, lane) * to_f32(scale);
     }
     put_zero<2>(s, lane, 32);
     low += (i / 4 * 16 + part % 2 * QUADS) * WORD;
@@ -335,18 +338,24 @@ inline void decode_strip(const QuantizedWeight& w, int64_t panel, int64_t strip,
 template <class F>
 inline F32 strip_values(const Strip& s, int quad, int i, int lane) {
   const int g = F::GROUPS == 2 ? quad / 4 : 0;
-  const I32 words = load_int(&s.codes[quad][lane][0]);
+  const I32 words = s.codes[quad][lane / F32::WIDTH];
   F32 w;
   if constexpr (!F::IS_INTEGER) {
     w = F::value(strips::byte_of(words, i));
-  } else if constexpr (F::BITS == 8 && BYTE_OFFSET == 0) {
-    w = to_f32(shift_signed(words << (24 - 8 * i), 24));
+  } else if constexpr (F32::WIDTH == 16) {
+    // One instruction puts a byte into the last bits of 2^23: a float, of which one exact difference
+    // leaves what is wanted.
+    w = bits_as_f32(strips::byte_of(words, i) | I32::all(0x4b000000));
+    F32 zero = F32::all(0x1p23f);
+    if constexpr (F::HAS_ZERO) zero = zero + s.zero[g][lane / F32::WIDTH];
+    w = w - zero;
   } else {
-    w = to_f32(strips::byte_of(words, i));
+    w = F::BITS == 8 ? to_f32(shift_signed(words << (24 - 8 * i), 24))
+                     : to_f32(strips::byte_of(words, i));
+    if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
   }
-  if constexpr (F::HAS_ZERO) w = w - load(&s.zero[g][lane]);
-  w = w * load(&s.scale[g][lane]);
-  if constexpr (F::HAS_SHIFT) w = w + load(&s.shift[g][lane]);
+  w = w * s.scale[g][lane / F32::WIDTH];
+  if constexpr (F::HAS_SHIFT) w = w + s.shift[g][lane / F32::WIDTH];
   return w;
 }
 

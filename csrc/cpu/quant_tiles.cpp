@@ -242,10 +242,10 @@ template <class F>
 void scale_tile(const int32_t* sums, int64_t sums_stride, int64_t rows, const Strip& w,
                 const ByteTiles& x, int64_t group, int64_t row, bool first, float* out,
                 int64_t out_stride) {
-  const F32 scale = load(w.scale[0]);
+  const F32 scale = w.scale[0][0];
   const int64_t at = group * x.rows() + row;
   I32 zero = I32::zero();
-  if constexpr (F::HAS_ZERO) zero = I32(_mm512_cvtps_epi32(load(w.zero[0]).v));
+  if constexpr (F::HAS_ZERO) zero = I32(_mm512_cvtps_epi32(w.zero[0][0].v));
   for (int64_t m = 0; m < rows; ++m) {
     I32 sum = load_int(sums + m * sums_stride);
     // In integers: the difference may be far smaller than its parts.
@@ -253,7 +253,7 @@ void scale_tile(const int32_t* sums, int64_t sums_stride, int64_t rows, const St
     float* to = out + m * out_stride;
     F32 before = first ? F32::zero() : load(to);
     if constexpr (F::HAS_SHIFT) {
-      before = fma(load(w.shift[0]), F32::all(x.totals[at + m]), before);
+      before = fma(w.shift[0][0], F32::all(x.totals[at + m]), before);
     }
     store(to, fma(to_f32(sum), scale * F32::all(x.scales[at + m]), before));
   }

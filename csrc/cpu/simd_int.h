@@ -24,9 +24,9 @@ inline I32 operator^(I32 a, I32 b) { return _mm512_xor_si512(a.v, b.v); }
 inline I32 operator+(I32 a, I32 b) { return _mm512_add_epi32(a.v, b.v); }
 inline I32 operator-(I32 a, I32 b) { return _mm512_sub_epi32(a.v, b.v); }
 inline I32 operator*(I32 a, I32 b) { return _mm512_mullo_epi32(a.v, b.v); }
-inline I32 operator>>(I32 a, int n) { return _mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 operator<<(I32 a, int n) { return _mm512_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 shift_signed(I32 a, int n) { return _mm512_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator>>(I32 a, unsigned n) { return _mm512_srli_epi32(a.v, n); }
+inline I32 operator<<(I32 a, unsigned n) { return _mm512_slli_epi32(a.v, n); }
+inline I32 shift_signed(I32 a, unsigned n) { return _mm512_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm512_castsi512_ps(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
@@ -47,6 +47,27 @@ inline I32 look_up_bytes(const uint8_t* table, I32 x) {
 // table[x] for every lane x < 16.
 inline F32 look_up(const float* table, I32 x) {
   return _mm512_permutexvar_ps(x.v, _mm512_loadu_ps(table));
+}
+
+inline I32 to_i32(F32 x) { return _mm512_cvtps_epi32(x.v); }  // to nearest
+inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
+// Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
+inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
+
+// The nearest integers, ties to even, as unsigned bytes. They must be in range.
+inline void store_bytes(uint8_t* p, F32 x) { store_rounded_i8(reinterpret_cast<int8_t*>(p), x); }
+// The larger of two numbers that are not negative; a NaN is larger than all.
+inline F32 max_bits(F32 a, F32 b) {
+  return _mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+
+// Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
+inline I32 to_pairs(F32 a, F32 b) {
+  const __m512i zip = _mm512_setr_epi32(
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+      0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
 
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
@@ -86,9 +107,9 @@ inline I32 operator^(I32 a, I32 b) { return _mm256_xor_si256(a.v, b.v); }
 inline I32 operator+(I32 a, I32 b) { return _mm256_add_epi32(a.v, b.v); }
 inline I32 operator-(I32 a, I32 b) { return _mm256_sub_epi32(a.v, b.v); }
 inline I32 operator*(I32 a, I32 b) { return _mm256_mullo_epi32(a.v, b.v); }
-inline I32 operator>>(I32 a, int n) { return _mm256_srl_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 operator<<(I32 a, int n) { return _mm256_sll_epi32(a.v, _mm_cvtsi32_si128(n)); }
-inline I32 shift_signed(I32 a, int n) { return _mm256_sra_epi32(a.v, _mm_cvtsi32_si128(n)); }
+inline I32 operator>>(I32 a, unsigned n) { return _mm256_srli_epi32(a.v, n); }
+inline I32 operator<<(I32 a, unsigned n) { return _mm256_slli_epi32(a.v, n); }
+inline I32 shift_signed(I32 a, unsigned n) { return _mm256_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm256_castsi256_ps(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
