@@ -102,7 +102,7 @@ def _block(n: int) -> int:
 # --- reading --------------------------------------------------------------------------------------
 
 _MIN_SPLIT = 512
-_MAX_SPLITS = 32
+_MAX_SPLITS = 64  # between half as many and as many where a request is long
 _SMALL_ROWS = 64
 """A ragged request of at most so many rows, or of one token, has its keys split."""
 
@@ -193,6 +193,7 @@ def _paged_attention(
     import triton.language as tl
 
     from tilewise.paged import triton_kernels as kernels
+    from tilewise.paged import triton_split_kernels as split_kernels
 
     tokens, heads, _ = q.shape
     num_pages, page_size, kv_heads = k_cache.shape[:3]
@@ -310,6 +311,27 @@ def _paged_attention(
     is_split = splits > 1
     partial_out = lse.new_empty(rows, splits, v_dim) if is_split else None
     partial_max, partial_sum = lse.new_empty(2, rows, splits) if is_split else (None, None)
+    share, takes = 1, None
+    # Rows with masks of their own do not see the same keys; a batch of one shares with nobody.
+    if is_split and batch > 1 and not is_ragged and left < 0 and bias is None:
+        share = max(config.m // group, 1)
+    if share > 1:
+        takes = block_table.new_empty(batch, splits)
+        gpu.launch(
+            split_kernels.find_shared,
+            (-(-batch // share), splits),
+            takes,
+            *tensors[:2],
+            batch,
+            capacity,
+            block_table.stride(0),
+            SHARE=share,
+            MIN_SPLIT=_MIN_SPLIT,
+            MAX_SPLITS=max_splits,
+            PAGE_SIZE=page_size,
+            BLOCK=min(_block(-(-_MIN_SPLIT // page_size)), 512),
+            num_warps=1,
+        )
     gpu.launch(
         kernels.paged_attention,
         (batch * -(-small_rows // config.m), kv_heads, max(splits, 1)),
@@ -321,12 +343,14 @@ def _paged_attention(
         partial_out,
         partial_max,
         partial_sum,
+        takes,
         *tensors,
         *numbers,
         **shape,
         **constants,
         IS_SMALL=True,
         REQUEST_ROWS=small_rows,
+        SHARE=share,
         SPLITS=max(splits, 1),
         MAX_SPLITS=max_splits,
         M=config.m,
@@ -336,7 +360,7 @@ def _paged_attention(
     )
     if is_split:
         gpu.launch(
-            kernels.merge_splits,
+            split_kernels.merge_splits,
             (batch * small_rows, kv_heads),
             out,
             lse,
@@ -375,12 +399,14 @@ def _paged_attention(
             None,
             None,
             None,
+            None,
             *tensors,
             *numbers,
             **shape,
             **constants,
             IS_SMALL=False,
             REQUEST_ROWS=0,
+            SHARE=1,
             SPLITS=1,
             MAX_SPLITS=1,
             M=config.m,
