@@ -67,8 +67,8 @@ def find_shared(
             page_before = tl.load(pages_before + at, mask=at < end_page, other=-1)
             differences |= page ^ page_before
         is_same = is_same & (tl.max((differences != 0).to(tl.int32), 0) == 0)
-        at = request.to(tl.int64) * tl.num_programs(1) + split
-        tl.store(takes + at, tl.where(is_same, 0, run), mask=request < batch)
+        here = takes + request.to(tl.int64) * tl.num_programs(1) + split
+        tl.store(here, tl.where(is_same, 0, run), mask=request < batch)
         run = tl.where(is_same, run + 1, 1)
 
 
