@@ -366,7 +366,7 @@ def compare(
     wanted = [name for name in bench.contestants if backends is None or name in backends]
     refused: dict[str, str] = {}
     for name in dict.fromkeys((*wanted, *_BASELINES)):
-        reason = bench.why_not(name) or _disagreement(bench, name)
+        reason = bench.why_not(name) or disagreement(bench, name)
         if reason is not None:
             refused[name] = reason
     names = [name for name in dict.fromkeys((*_BASELINES, *wanted)) if name not in refused]
@@ -395,9 +395,10 @@ def measure(workload: Workload, backend: str, *, seconds: float = 1.0) -> Row:
     return rows[0]
 
 
-def _disagreement(bench: Bench, backend: str) -> str | None:
+def disagreement(bench: Bench, name: str) -> str | None:
+    """How a contestant breaks the agreement rule; None if it does not."""
     try:
-        bench.check(backend)
+        bench.check(name)
     except AssertionError as error:
         return f"{_WRONG}{error}"
     return None

@@ -132,6 +132,101 @@ def test_no_bit_depends_on_the_batch_or_on_spare_pages(
             assert torch.equal(a[rows], b)
 
 
+def shared_prefix(
+    inputs: Inputs, seqlens: tuple[int, ...], prefix: int, **options: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Requests whose first `prefix` pages are those of the first, and the same with copies."""
+    apart = requests(inputs, seqlens, **options)
+    table = apart["block_table"]
+    shared = apart | {"block_table": table.clone()}
+    for row in range(1, len(seqlens)):
+        here = min(prefix, -(-seqlens[row] // 8))
+        shared["block_table"][row, :here] = table[0, :here]
+        for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+            if name in apart:
+                apart[name][table[row, :here].long()] = apart[name][table[0, :here].long()]
+    return shared, apart
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(
+    ("options", "cache"),
+    [
+        ({}, None),
+        ({}, "int8"),
+        ({}, "int4"),
+        ({"causal": True}, None),
+        ({"alibi_slopes": torch.rand(5, 4)}, None),
+        ({"softcap": 3.0}, None),
+    ],
+    ids=lambda value: next(iter(value or {"plain": 0})) if isinstance(value, dict) else str(value),
+)
+def test_pages_that_requests_share_change_no_bit(
+    on: str, options: dict[str, Any], cache: str | None
+) -> None:
+    """Of lengths that are cut alike, and of one that is not; pages that differ; a short one."""
+    options = testing.map_tensors(options, lambda x: x.to(on))
+    shared, apart = shared_prefix(Inputs(device=on), (200, 150, 130, 300, 40), 18, cache=cache)
+    actual = paged_attention(**shared, **options, backend="triton")
+    expected = paged_attention(**apart, **options, backend="triton")
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    agrees(shared | options)
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_a_nan_reaches_those_who_share_it(on: str) -> None:
+    shared, _ = shared_prefix(Inputs(device=on), (200, 200, 150), 18)
+    table = shared["block_table"]
+    for page, sees in ((table[0, 2], [True] * 3), (table[1, 22], [False, True, False])):
+        poisoned = shared | {"v_cache": shared["v_cache"].clone()}
+        poisoned["v_cache"][page, 1] = math.nan
+        out, _ = paged_attention(**poisoned, backend="triton")
+        assert out.isnan().flatten(1).any(1).tolist() == sees
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8, 64, 256])
+def test_which_splits_are_shared(on: str, page_size: int) -> None:
+    """In fours; splits have 64 keys, or 128 where a request has more than 256."""
+    from tilewise.paged import triton_split_kernels as kernels
+
+    seqlens = (256, 192, 191, 300, 300, 290, 256, 256, 64, 64)
+    pages = -(-300 // page_size)
+    table = torch.arange(pages, dtype=torch.int32).repeat(len(seqlens), 1)
+    table[7, 100 // page_size] = 999
+    wanted = [
+        [3, 3, 2, 1],  # three have two whole splits in common, and two of them a third one
+        [0, 0, 0, 1],
+        [0, 0, 1, 1],
+        [1, 1, 1, 1],  # cut in other places than those before; those behind are not asked
+        [2, 2, 1, 1],
+        [0, 0, 1, 1],
+        [2, 1, 2, 2],
+        [0, 1, 0, 0],
+        [2, 1, 1, 1],
+        [0, 1, 1, 1],
+    ]
+    if page_size == 256:  # the first page of request 7 is another in all its splits
+        wanted[6:8] = [[1, 1, 1, 1]] * 2
+    takes = torch.empty(len(seqlens), 4, dtype=torch.int32, device=on)
+    gpu.launch(
+        kernels.find_shared,
+        (3, 4),
+        takes,
+        table.to(on),
+        int32(*seqlens).to(on),
+        len(seqlens),
+        pages * page_size,
+        table.stride(0),
+        SHARE=4,
+        MIN_SPLIT=64,
+        MAX_SPLITS=4,
+        PAGE_SIZE=page_size,
+        BLOCK=16,
+    )
+    assert takes.tolist() == wanted
+
+
 @pytest.mark.parametrize("cache", [None, "int8", "fp8"])
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_a_value_that_is_not_finite_reaches_just_those_who_see_it(
@@ -237,6 +332,11 @@ def test_compiles_for_a_gpu_that_is_not_there(target: str, cache: Any) -> None:
             slot_mapping=torch.zeros(3, dtype=torch.int64),
             backend="triton",
         )
-    assert [x.kernel for x in kernels] == ["paged_attention", "merge_splits", "append_kv"]
+    assert [x.kernel for x in kernels] == [
+        "find_shared",
+        "paged_attention",
+        "merge_splits",
+        "append_kv",
+    ]
     room = {"sm_90": 227, "gfx942": 64}[target] * 1024
     assert all(x.triton.metadata.shared <= room for x in kernels)

@@ -17,7 +17,7 @@ import torch
 from tilewise import gpu
 from tilewise.dispatch import Impl, Op
 from tilewise.fused.tables import RotaryTables
-from tilewise.paged import autograd, baseline, naive, native, triton
+from tilewise.paged import autograd, baseline, naive, native, triton, triton_append
 from tilewise.paged.allocator import OutOfPages, PageAllocator
 from tilewise.paged.cache import LayerCache, PagedKVCache
 from tilewise.paged.checks import check_append_kv, check_paged_attention
@@ -59,7 +59,7 @@ _APPEND_KV = Op(
         Impl(
             "triton",
             partial(autograd.append_kv, "triton"),
-            triton.why_not_append_kv,
+            triton_append.why_not_append_kv,
             gpu.why_not_auto,
         ),
         Impl("cpu", partial(autograd.append_kv, "cpu"), native.why_not_append_kv),

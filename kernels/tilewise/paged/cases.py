@@ -303,7 +303,7 @@ COMPILED = [
         Case(
             "paged_attention",
             f"Llama-3-8B decode, {cache}",
-            _attention((300, 400), 16, cache=cache, causal=True, **_LLAMA),
+            _attention((3000, 4000), 16, cache=cache, causal=True, **_LLAMA),
             dtypes=_SIXTEEN_BITS,
         )
         for cache in (None, "int8", "fp8", "int4")
@@ -311,19 +311,25 @@ COMPILED = [
     Case(
         "paged_attention",
         "Llama-3-8B prefill",
-        _attention((300, 400), 16, queries=(100, 200), causal=True, **_LLAMA),
+        _attention((3000, 4000), 16, queries=(100, 200), causal=True, **_LLAMA),
         dtypes=(torch.bfloat16, torch.float16),
     ),
     Case(
         "paged_attention",
+        "GPT-2 decode",
+        _attention((3000, 4000), 16, heads=12, kv_heads=12, head_dim=64),
+        dtypes=_SIXTEEN_BITS,
+    ),
+    Case(
+        "paged_attention",
         "DeepSeek decode",
-        _attention((300,), 64, heads=16, kv_heads=1, head_dim=576, v_head_dim=512),
+        _attention((3000,), 64, heads=16, kv_heads=1, head_dim=576, v_head_dim=512),
         dtypes=_SIXTEEN_BITS,
     ),
     Case(
         "paged_attention",
         "float32",
-        _attention((300, 400), 16, queries=(100, 200), causal=True, **_LLAMA),
+        _attention((3000, 4000), 16, queries=(100, 200), causal=True, **_LLAMA),
         dtypes=(torch.float32,),
     ),
     *(

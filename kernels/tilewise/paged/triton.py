@@ -1,7 +1,7 @@
-"""The Triton backend of the paged cache: what a launch needs to know, all of it from shapes alone.
+"""The Triton backend of paged attention: what a launch needs to know, all of it from shapes alone.
 
 Nothing here reads a tensor's values, so a call can be captured in a CUDA graph and replayed after
-lengths, tables and slots have changed.
+lengths and tables have changed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tilewise import gpu, tuning
-from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient
 from tilewise.paged.native import why_not_cache
-from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION
+from tilewise.paged.operators import PAGED_ATTENTION
 
 
 def why_not_paged_attention(
@@ -38,21 +37,6 @@ def why_not_paged_attention(
     )
 
 
-def why_not_append_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    *others: torch.Tensor,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    **options: Any,
-) -> str | None:
-    """Why the Triton kernel cannot take the call."""
-    if needs_grad(k, v, k_cache):
-        return "has no gradient"
-    return gpu.why_not(k, dot=False) or why_not_cache(k_cache, k_scale, v_scale)
-
-
 # --- the cache, as the kernels take it ------------------------------------------------------------
 
 
@@ -66,15 +50,15 @@ class _Format:
     out: float = 1.0  # of sums, which undoes it
 
 
-_FORMATS = {
+FORMATS = {
     torch.int8: _Format("int8", 1.0, 128.0, 1 / 128),
     torch.float8_e4m3fn: _Format("fp8", 256.0, 512.0, 256 / 512),  # codes come divided by 256
     torch.uint8: _Format("int4", 1.0, 8.0, 1 / 8),
 }
-_FLOAT = _Format("float")
+FLOAT = _Format("float")
 
 
-def _stored(cache: torch.Tensor) -> torch.Tensor:
+def stored(cache: torch.Tensor) -> torch.Tensor:
     """float8 as bytes: not every chip has the type."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
@@ -87,22 +71,22 @@ def _parts(cache: torch.Tensor) -> tuple[int, int, int, int]:
     """
     dim = kv_formats.elements(cache)
     if cache.dtype == torch.uint8:
-        return dim // 2, _block(dim // 2), dim // 2, _block(dim // 2)
-    whole = _block(dim)
+        return dim // 2, power_of_two(dim // 2), dim // 2, power_of_two(dim // 2)
+    whole = power_of_two(dim)
     rest = dim - whole // 2
-    if whole == 16 or 2 * _block(rest) >= whole:
+    if whole == 16 or 2 * power_of_two(rest) >= whole:
         return dim, whole, 0, 0
-    return whole // 2, whole // 2, rest, _block(rest)
+    return whole // 2, whole // 2, rest, power_of_two(rest)
 
 
-def _block(n: int) -> int:
+def power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 16)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 _MIN_SPLIT = 512
-_MAX_SPLITS = 32
+_MAX_SPLITS = 64  # between half as many and as many where a request is long
 _SMALL_ROWS = 64
 """A ragged request of at most so many rows, or of one token, has its keys split."""
 
@@ -193,6 +177,7 @@ def _paged_attention(
     import triton.language as tl
 
     from tilewise.paged import triton_kernels as kernels
+    from tilewise.paged import triton_split_kernels as split_kernels
 
     tokens, heads, _ = q.shape
     num_pages, page_size, kv_heads = k_cache.shape[:3]
@@ -208,8 +193,8 @@ def _paged_attention(
     right = 0 if causal else window_right
     left, right = (-1 if x >= capacity + tokens else x for x in (window_left, right))
 
-    format = _FORMATS.get(k_cache.dtype, _FLOAT)
-    if format is not _FLOAT or k_cache.dtype == q.dtype:
+    format = FORMATS.get(k_cache.dtype, FLOAT)
+    if format is not FLOAT or k_cache.dtype == q.dtype:
         dtype = q.dtype
     else:  # neither dtype holds the other's numbers
         dtype = torch.float32
@@ -284,22 +269,22 @@ def _paged_attention(
     architecture = gpu.architecture(q)
 
     def configure(m: int, *, is_small: bool) -> _Config:
-        stored = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
+        stored_row = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
         q_row = (k_parts[1] + k_parts[3]) * dtype.itemsize
         config = _config(
-            architecture, m, row, stored, q_row, is_small=is_small, has_bias=bias is not None
+            architecture, m, row, stored_row, q_row, is_small=is_small, has_bias=bias is not None
         )
         if not has_tensor_cores:
             return config._replace(n=16, num_stages=1)
         name = (
             f"paged attention, {'small' if is_small else 'large'} requests, {config.m} rows, "
-            f"{row} bytes of {dtype} from {stored}{', bias' * (bias is not None)}"
+            f"{row} bytes of {dtype} from {stored_row}{', bias' * (bias is not None)}"
         )
         return tuning.chosen(q, name, config, {"n": 16})
 
     # Requests of few rows.
     small_rows = max(_SMALL_ROWS, group) if is_ragged else group
-    config = configure(min(_block(small_rows), most_rows, 64), is_small=True)
+    config = configure(min(power_of_two(small_rows), most_rows, 64), is_small=True)
     visible = capacity
     if left >= 0 and right >= 0:
         visible = min(capacity, left + right + config.m + config.n)
@@ -310,23 +295,46 @@ def _paged_attention(
     is_split = splits > 1
     partial_out = lse.new_empty(rows, splits, v_dim) if is_split else None
     partial_max, partial_sum = lse.new_empty(2, rows, splits) if is_split else (None, None)
+    share, takes = 1, None
+    # Rows with masks of their own do not see the same keys; a batch of one shares with nobody.
+    if is_split and batch > 1 and not is_ragged and left < 0 and bias is None:
+        share = max(config.m // group, 1)
+    if share > 1:
+        takes = block_table.new_empty(batch, splits)
+        gpu.launch(
+            split_kernels.find_shared,
+            (-(-batch // share), splits),
+            takes,
+            *tensors[:2],
+            batch,
+            capacity,
+            block_table.stride(0),
+            SHARE=share,
+            MIN_SPLIT=_MIN_SPLIT,
+            MAX_SPLITS=max_splits,
+            PAGE_SIZE=page_size,
+            BLOCK=min(power_of_two(-(-_MIN_SPLIT // page_size)), 512),
+            num_warps=1,
+        )
     gpu.launch(
         kernels.paged_attention,
         (batch * -(-small_rows // config.m), kv_heads, max(splits, 1)),
         q,
-        _stored(k_cache),
-        _stored(v_cache),
+        stored(k_cache),
+        stored(v_cache),
         out,
         lse,
         partial_out,
         partial_max,
         partial_sum,
+        takes,
         *tensors,
         *numbers,
         **shape,
         **constants,
         IS_SMALL=True,
         REQUEST_ROWS=small_rows,
+        SHARE=share,
         SPLITS=max(splits, 1),
         MAX_SPLITS=max_splits,
         M=config.m,
@@ -336,7 +344,7 @@ def _paged_attention(
     )
     if is_split:
         gpu.launch(
-            kernels.merge_splits,
+            split_kernels.merge_splits,
             (batch * small_rows, kv_heads),
             out,
             lse,
@@ -358,7 +366,7 @@ def _paged_attention(
             M=config.m,
             N=config.n,
             V_DIM=v_dim,
-            V_BLOCK=_block(v_dim),
+            V_BLOCK=power_of_two(v_dim),
             num_warps=4 if v_dim <= 256 else 8,
         )
     if is_ragged:
@@ -368,10 +376,11 @@ def _paged_attention(
             kernels.paged_attention,
             (tokens * group // config.m + batch + 1, kv_heads, 1),
             q,
-            _stored(k_cache),
-            _stored(v_cache),
+            stored(k_cache),
+            stored(v_cache),
             out,
             lse,
+            None,
             None,
             None,
             None,
@@ -381,6 +390,7 @@ def _paged_attention(
             **constants,
             IS_SMALL=False,
             REQUEST_ROWS=0,
+            SHARE=1,
             SPLITS=1,
             MAX_SPLITS=1,
             M=config.m,
@@ -392,75 +402,3 @@ def _paged_attention(
 
 
 _LOG2E = 1.4426950408889634
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-@APPEND_KV.kernel("triton")
-def _append_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
-    positions: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    from tilewise.paged import triton_append_kernels as kernels
-
-    tokens, kv_heads, dim = k.shape
-    num_pages, page_size = k_cache.shape[:2]
-    format = _FORMATS.get(k_cache.dtype, _FLOAT)
-    halves = 2 if format.name == "int4" else 1
-    block, v_block = _block(dim // halves), _block(v.shape[2] // halves)
-    heads = min(1 << (kv_heads - 1).bit_length(), max(_APPEND_TILE // block, 1))
-    cos, sin = (
-        x if x is None or x.stride(1) == 1 else x.contiguous()
-        for x in ((cos, sin) if cos is not None and cos.shape[1] else (None, None))
-    )
-    gpu.launch(
-        kernels.append_kv,
-        (tokens, -(-kv_heads // heads)),
-        k,
-        v,
-        _stored(k_cache),
-        _stored(v_cache),
-        k_scale,
-        v_scale,
-        slot_mapping,
-        positions,
-        cos,
-        sin,
-        kv_heads,
-        num_pages * page_size,
-        page_size,
-        0 if cos is None else len(cos),
-        slot_mapping.stride(0),
-        0 if positions is None else positions.stride(0),
-        *(0 if x is None else x.stride(0) for x in (cos, sin)),
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        *((0, 0, 0) if k_scale is None else k_scale.stride()),
-        *((0, 0, 0) if v_scale is None else v_scale.stride()),
-        PAIRS=0 if cos is None else cos.shape[1],
-        IS_INTERLEAVED=interleaved,
-        FORMAT=format.name,
-        DIM=dim,
-        V_DIM=v.shape[2],
-        BLOCK=block,
-        V_BLOCK=v_block,
-        HEADS=heads,
-        num_warps=4 if heads * block >= 1024 else 1,
-        # A product is rounded before it is added, as in the definition.
-        enable_fp_fusion=False,
-    )
-
-
-_APPEND_TILE = 2048  # elements that a program writes at most, of keys

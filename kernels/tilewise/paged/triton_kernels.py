@@ -6,8 +6,14 @@ r % GROUP of token r // GROUP. So a tile of keys is read once for all of them, a
 token), speculation (a few) and chunked prefill (many) are the same program.
 
 A request with few rows would leave most of a GPU idle, so its keys are cut into splits, each a
-program of its own that leaves an unnormalised result, its maximum and its sum; `merge_splits` adds
-these up. Where the cuts are depends on the request's own length alone, and so do a row's bits.
+program of its own that leaves an unnormalised result, its maximum and its sum, which
+`triton_split_kernels.py` adds up. Where the cuts are depends on the request's own length alone, and
+so do a row's bits.
+
+Of a request that decodes, a block of M rows has but GROUP. Where neighbours in the batch have the
+same pages in a split, the first one's program takes the rows of all of them that fit, which would
+have been padding, and reads the keys once. It is the same code on a block of the same size, so no
+bit tells.
 
 Nothing in a launch depends on values: programs look up what their part is, and those that have none
 return. A tile is found key by key (block_table[j // PAGE_SIZE], j % PAGE_SIZE), so that its size
@@ -109,9 +115,15 @@ def _keys_of_block(
 
 
 @triton.jit
-def _split_size(keys, N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Keys per split: of a fixed size, until there would be too many of them."""
-    return tl.maximum(tl.cdiv(tl.cdiv(keys, MAX_SPLITS), N) * N, MIN_SPLIT)
+def _split_size(keys, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """Keys per split: of a fixed size, doubled until there are not too many of them.
+
+    So requests of not too different lengths are cut in the same places, and can share splits.
+    """
+    size = tl.full([], MIN_SPLIT, tl.int32)
+    while size < tl.cdiv(keys, MAX_SPLITS):
+        size *= 2
+    return size
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -383,6 +395,7 @@ def paged_attention(
     partial_out,  # (rows of all requests, kv_heads, SPLITS, v_dim)
     partial_max,  # (rows of all requests, kv_heads, SPLITS)
     partial_sum,
+    takes,  # (batch, SPLITS): of how many requests, see triton_split_kernels.find_shared
     block_table,
     cache_seqlens,
     cu_seqlens_q,
@@ -422,6 +435,7 @@ def paged_attention(
     IS_SMALL: tl.constexpr,  # whether the launch is for requests of few rows, or for the others
     SMALL_ROWS: tl.constexpr,
     REQUEST_ROWS: tl.constexpr,  # of a small request, at most
+    SHARE: tl.constexpr,  # requests that one program may take the rows of
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -479,20 +493,31 @@ def paged_attention(
     any_begin = begin
     any_end = end
     if IS_SMALL:
-        size = _split_size(end - begin, N, MIN_SPLIT, MAX_SPLITS)
+        size = _split_size(end - begin, MIN_SPLIT, MAX_SPLITS)
         if SPLITS > 1:
             begin = begin + split * size
             if begin >= end:
                 return
             end = tl.minimum(end, begin + size)
+        if SHARE > 1:
+            rows *= tl.load(takes + request.to(tl.int64) * SPLITS + split)
+            if rows == 0:
+                return
 
     row = first_row + tl.arange(0, M)
     here = row < rows
     token = q_begin.to(tl.int64) + row // GROUP
     head = kv_head * GROUP + row % GROUP
+    row_request = token * 0 + request
+    row_seqlen = row * 0 + seqlen
     position = seqlen - q_len + row // GROUP
+    if SHARE > 1:  # every token is a request's last
+        row_request = token
+        row_seqlen = tl.load(cache_seqlens + token, mask=here, other=0)
+        row_seqlen = _clamp(row_seqlen, 0, capacity)
+        position = row_seqlen - 1
     row_begin = position * 0
-    row_end = row_begin + seqlen
+    row_end = row_begin + row_seqlen
     if HAS_LEFT:
         row_begin = tl.maximum(position - left, 0)
         if not IS_RAGGED:
@@ -506,7 +531,7 @@ def paged_attention(
         q_2 = _load_row(q_at + DIM_1, here, DIM_2, BLOCK_2).to(DTYPE)
     slope = tl.zeros([M], tl.float32)
     if HAS_ALIBI:
-        at = request.to(tl.int64) * alibi_stride + head
+        at = row_request * alibi_stride + head
         has_slope = row < tl.where(is_padding, 0, rows)
         slope = tl.load(alibi_slopes + at, mask=has_slope, other=0.0).to(tl.float32)
     bias_at = bias
@@ -625,80 +650,3 @@ def paged_attention(
     _store_row(out_at, acc_1, here, V_DIM_1, V_BLOCK_1)
     if V_BLOCK_2 > 0:
         _store_row(out_at + V_DIM_1, acc_2, here, V_DIM_2, V_BLOCK_2)
-
-
-@triton.jit
-def merge_splits(
-    out,
-    lse,
-    partial_out,
-    partial_max,
-    partial_sum,
-    cache_seqlens,
-    cu_seqlens_q,
-    sinks,
-    batch,
-    tokens,
-    capacity,
-    left,
-    right,
-    IS_RAGGED: tl.constexpr,
-    SMALL_ROWS: tl.constexpr,
-    REQUEST_ROWS: tl.constexpr,  # that the partial results have room for
-    SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,  # a power of two >= MAX_SPLITS
-    GROUP: tl.constexpr,
-    OUT_SCALE: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_BLOCK: tl.constexpr,
-):
-    """One row of one request: its splits become one result.
-
-    It holds as many splits as there can ever be, in one order: room that a call has to spare
-    changes no bit.
-    """
-    request = tl.program_id(0) // REQUEST_ROWS
-    row = tl.program_id(0) % REQUEST_ROWS
-    kv_head = tl.program_id(1)
-    q_begin, q_len, seqlen = _request(
-        request, batch, cu_seqlens_q, cache_seqlens, tokens, capacity, IS_RAGGED
-    )
-    rows = q_len * GROUP
-    if row >= rows:
-        return
-    if IS_RAGGED:
-        is_small = (rows <= SMALL_ROWS) | (q_len == 1)
-        if not is_small:
-            return
-    begin, end, _, _ = _keys_of_block(
-        row // M * M, rows, q_len, seqlen, left, right, GROUP, M, N, HAS_LEFT, HAS_RIGHT
-    )
-    count = tl.cdiv(end - begin, _split_size(end - begin, N, MIN_SPLIT, MAX_SPLITS))
-    head = kv_head * GROUP + row % GROUP
-    split = tl.arange(0, SPLIT_BLOCK)
-    exists = split < count
-    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + kv_head) * SPLITS + split
-    maxima = tl.load(partial_max + at, mask=exists, other=float("-inf"))
-    sums = tl.load(partial_sum + at, mask=exists, other=0.0)
-    m = tl.max(maxima, 0)
-    factor = tl.exp2(maxima - tl.where(m == float("-inf"), 0.0, m))
-    l = tl.sum(sums * factor, 0)
-    x = _load_row(partial_out + at * V_DIM, exists, V_DIM, V_BLOCK)
-    acc = tl.sum(x * factor[:, None], 0)
-    sink = tl.full([], float("-inf"), tl.float32)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-    weight, log_sum = _normalise(m, l, sink)
-    good = tl.min(_is_finite(acc).to(tl.int32), 0)
-    weight = tl.where(good == 1, weight * OUT_SCALE, float("nan"))
-    acc = tl.where(l != 0.0, acc * weight, 0.0)
-    out_at = (q_begin.to(tl.int64) + row // GROUP) * (tl.num_programs(1) * GROUP) + head
-    tl.store(lse + out_at, log_sum)
-    column = tl.arange(0, V_BLOCK)
-    tl.store(out + out_at * V_DIM + column, acc.to(out.dtype.element_ty), mask=column < V_DIM)

@@ -1,0 +1,149 @@
+# mypy: allow-untyped-defs
+"""The Triton kernels around the splits of decoding: which are shared, and their sum.
+
+Sources: Dao et al., Flash-Decoding, 2023 (splits); Juravsky et al., Hydragen, 2024
+(arXiv:2402.05099), and Ye et al., FlashInfer, 2025 (arXiv:2501.01005), for reading a prefix that
+requests share once. There the caller says what is shared; here the block table does.
+"""
+
+import triton
+import triton.language as tl
+
+from tilewise.paged.triton_kernels import (
+    LOG2E,
+    _clamp,
+    _is_finite,
+    _keys_of_block,
+    _load_row,
+    _normalise,
+    _request,
+    _split_size,
+)
+
+
+@triton.jit
+def find_shared(
+    takes,  # (batch, splits)
+    block_table,
+    cache_seqlens,
+    batch,
+    capacity,
+    table_stride,
+    SHARE: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many requests, from each on, have the same keys in a split: as many, in the same pages.
+
+    It is 0 for those that an earlier one's program takes. A program plans for SHARE requests, and
+    no run goes on beyond them.
+    """
+    first = tl.program_id(0) * SHARE
+    split = tl.program_id(1)
+    run = first * 0 + 1
+    for back in tl.static_range(SHARE):
+        request = first + (SHARE - 1 - back)
+        before = tl.maximum(request - 1, 0)
+        seqlen = _clamp(
+            tl.load(cache_seqlens + request, mask=request < batch, other=0), 0, capacity
+        )
+        seqlen_before = _clamp(
+            tl.load(cache_seqlens + before, mask=request < batch, other=0), 0, capacity
+        )
+        size = _split_size(seqlen, MIN_SPLIT, MAX_SPLITS)
+        end = split * size + size
+        is_same = (request > first) & (end <= tl.minimum(seqlen, seqlen_before))
+        is_same = is_same & (_split_size(seqlen_before, MIN_SPLIT, MAX_SPLITS) == size)
+        first_page = split * size // PAGE_SIZE
+        end_page = tl.where(is_same, tl.cdiv(end, PAGE_SIZE), first_page)
+        pages = block_table + request.to(tl.int64) * table_stride
+        pages_before = block_table + before.to(tl.int64) * table_stride
+        differences = tl.zeros([BLOCK], tl.int32)
+        for start in range(first_page, end_page, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            page = tl.load(pages + at, mask=at < end_page, other=-1)
+            page_before = tl.load(pages_before + at, mask=at < end_page, other=-1)
+            differences |= page ^ page_before
+        is_same = is_same & (tl.max((differences != 0).to(tl.int32), 0) == 0)
+        here = takes + request.to(tl.int64) * tl.num_programs(1) + split
+        tl.store(here, tl.where(is_same, 0, run), mask=request < batch)
+        run = tl.where(is_same, run + 1, 1)
+
+
+@triton.jit
+def merge_splits(
+    out,
+    lse,
+    partial_out,
+    partial_max,
+    partial_sum,
+    cache_seqlens,
+    cu_seqlens_q,
+    sinks,
+    batch,
+    tokens,
+    capacity,
+    left,
+    right,
+    IS_RAGGED: tl.constexpr,
+    SMALL_ROWS: tl.constexpr,
+    REQUEST_ROWS: tl.constexpr,  # that the partial results have room for
+    SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,  # a power of two >= MAX_SPLITS
+    GROUP: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+):
+    """One row of one request: its splits become one result.
+
+    It holds as many splits as there can ever be, in one order: room that a call has to spare
+    changes no bit.
+    """
+    request = tl.program_id(0) // REQUEST_ROWS
+    row = tl.program_id(0) % REQUEST_ROWS
+    kv_head = tl.program_id(1)
+    q_begin, q_len, seqlen = _request(
+        request, batch, cu_seqlens_q, cache_seqlens, tokens, capacity, IS_RAGGED
+    )
+    rows = q_len * GROUP
+    if row >= rows:
+        return
+    if IS_RAGGED:
+        is_small = (rows <= SMALL_ROWS) | (q_len == 1)
+        if not is_small:
+            return
+    begin, end, _, _ = _keys_of_block(
+        row // M * M, rows, q_len, seqlen, left, right, GROUP, M, N, HAS_LEFT, HAS_RIGHT
+    )
+    count = tl.cdiv(end - begin, _split_size(end - begin, MIN_SPLIT, MAX_SPLITS))
+    head = kv_head * GROUP + row % GROUP
+    split = tl.arange(0, SPLIT_BLOCK)
+    exists = split < count
+    at = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + kv_head) * SPLITS + split
+    maxima = tl.load(partial_max + at, mask=exists, other=float("-inf"))
+    sums = tl.load(partial_sum + at, mask=exists, other=0.0)
+    m = tl.max(maxima, 0)
+    factor = tl.exp2(maxima - tl.where(m == float("-inf"), 0.0, m))
+    l = tl.sum(sums * factor, 0)
+    x = _load_row(partial_out + at * V_DIM, exists, V_DIM, V_BLOCK)
+    acc = tl.sum(x * factor[:, None], 0)
+    sink = tl.full([], float("-inf"), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+    weight, log_sum = _normalise(m, l, sink)
+    good = tl.min(_is_finite(acc).to(tl.int32), 0)
+    weight = tl.where(good == 1, weight * OUT_SCALE, float("nan"))
+    acc = tl.where(l != 0.0, acc * weight, 0.0)
+    out_at = (q_begin.to(tl.int64) + row // GROUP) * (tl.num_programs(1) * GROUP) + head
+    tl.store(lse + out_at, log_sum)
+    column = tl.arange(0, V_BLOCK)
+    tl.store(out + out_at * V_DIM + column, acc.to(out.dtype.element_ty), mask=column < V_DIM)
