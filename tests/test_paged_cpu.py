@@ -18,11 +18,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+DIM = 64  # whole vectors of every type, so that bfloat16 takes the kernels that multiply its pairs
+
+both_arithmetics = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
 def _cache(inputs: Inputs, pages: int, page_size: int, cache: str | None = None) -> dict[str, Any]:
-    shape = (pages, page_size, 2, 32)
-    k, v = inputs.randn(*shape, dtype=torch.float32), inputs.randn(*shape, dtype=torch.float32)
+    shape = (pages, page_size, 2, DIM)
     if cache is None:
-        return {"k_cache": k, "v_cache": v}
+        return {"k_cache": inputs.randn(*shape), "v_cache": inputs.randn(*shape)}
+    k, v = inputs.randn(*shape, dtype=torch.float32), inputs.randn(*shape, dtype=torch.float32)
     dtype = kv_formats.stored_dtype(cache)
     (k, k_scale), (v, v_scale) = kv_formats.encode(k, dtype), kv_formats.encode(v, dtype)
     return {"k_cache": k, "v_cache": v, "k_scale": k_scale, "v_scale": v_scale}
@@ -33,10 +38,11 @@ def _attend(q: torch.Tensor, **arguments: Any) -> torch.Tensor:
     return torch.cat([out, lse.unsqueeze(-1)], -1)
 
 
-def test_pages_change_no_bit() -> None:
-    inputs = Inputs(torch.float32)
-    length = 1500
-    q, cache = inputs.randn(1, 8, 32), _cache(inputs, 1, length)
+@both_arithmetics
+def test_pages_change_no_bit(dtype: torch.dtype) -> None:
+    inputs = Inputs(dtype)
+    length = 1501
+    q, cache = inputs.randn(1, 8, DIM), _cache(inputs, 1, length)
     seqlens = torch.tensor([length], dtype=torch.int32)
     whole = _attend(
         q, **cache, block_table=torch.zeros(1, 1, dtype=torch.int32), cache_seqlens=seqlens
@@ -45,26 +51,29 @@ def test_pages_change_no_bit() -> None:
         order = inputs.permutation(length // page_size + 1)
         paged = {}
         for name, x in cache.items():
-            padded = torch.full((len(order) * page_size, 2, 32), math.nan)
+            padded = torch.full((len(order) * page_size, 2, DIM), math.nan, dtype=dtype)
             padded[:length] = x[0]
-            paged[name] = torch.empty(len(order), page_size, 2, 32)
-            paged[name][order] = padded.view(len(order), page_size, 2, 32)
+            paged[name] = torch.empty(len(order), page_size, 2, DIM, dtype=dtype)
+            paged[name][order] = padded.view(len(order), page_size, 2, DIM)
         cut = _attend(q, **paged, block_table=order.int()[None], cache_seqlens=seqlens)
         assert torch.equal(cut, whole), page_size
 
 
-@pytest.mark.parametrize("cache", [None, "int8", "int4"])
+@both_arithmetics
+@pytest.mark.parametrize("cache", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("requests", [3, 40])
-def test_a_shared_prefix_changes_no_bit(cache: str | None, requests: int) -> None:
+def test_a_shared_prefix_changes_no_bit(
+    dtype: torch.dtype, cache: str | None, requests: int
+) -> None:
     """Requests that share pages are attended to together, and alone they get the same bits."""
-    inputs = Inputs(torch.float32)
+    inputs = Inputs(dtype)
     page_size, shared, own = 16, 70, 3  # 1120 shared tokens: two splits and a part of one
     arguments = _cache(inputs, shared + own * requests, page_size, cache)
     first = torch.arange(shared).repeat(requests, 1)
     table = torch.cat([first, shared + torch.arange(own * requests).view(requests, own)], 1).int()
     seqlens = (shared * page_size + 1 + inputs.randint(0, own * page_size, requests)).int()
     seqlens[0] = 600  # ends within the prefix
-    q, slopes = inputs.randn(requests, 8, 32), inputs.rand(8, dtype=torch.float32)
+    q, slopes = inputs.randn(requests, 8, DIM), inputs.rand(8, dtype=torch.float32)
     options = arguments | {"alibi_slopes": slopes, "window": (900, -1)}
     together = _attend(q, block_table=table, cache_seqlens=seqlens, **options)
     for i in range(0, requests, max(1, requests // 5)):
@@ -72,23 +81,24 @@ def test_a_shared_prefix_changes_no_bit(cache: str | None, requests: int) -> Non
         alone = _attend(q[one], block_table=table[one], cache_seqlens=seqlens[one], **options)
         assert torch.equal(alone, together[one]), i
     truth_options = {
-        name: x.double() if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+        name: x.double() if isinstance(x, torch.Tensor) and x.dtype in (dtype, torch.float32) else x
         for name, x in options.items()
     }
     places = {"block_table": table, "cache_seqlens": seqlens}
     expected = naive.paged_attention(q, **places, **options)
     truth = naive.paged_attention(q.double(), **places, **truth_options)
-    testing.assert_agrees(together[..., :-1].contiguous(), expected, truth)
+    testing.assert_agrees(together[..., :-1].to(dtype), expected, truth)
 
 
-def test_values_that_are_not_finite_reach_only_who_sees_them() -> None:
+@both_arithmetics
+def test_values_that_are_not_finite_reach_only_who_sees_them(dtype: torch.dtype) -> None:
     """In every split, a value that one query sees and another does not."""
-    inputs = Inputs(torch.float32)
+    inputs = Inputs(dtype)
     arguments = _cache(inputs, 100, 16)
     table = inputs.permutation(100).int()[None]
     places = {"block_table": table, "cache_seqlens": torch.tensor([1600], dtype=torch.int32)}
     ragged = {"cu_seqlens_q": torch.tensor([0, 3], dtype=torch.int32), "window": (600, -1)}
-    q = inputs.randn(3, 8, 32)
+    q = inputs.randn(3, 8, DIM)
     clean = _attend(q, **arguments, **places, **ragged)
     poisoned = {name: x.clone() for name, x in arguments.items()}
     key = 1597 - 600  # the first that the first query sees; the others do not
@@ -97,8 +107,33 @@ def test_values_that_are_not_finite_reach_only_who_sees_them() -> None:
     out = _attend(q, **poisoned, **places, **ragged)
     assert torch.equal(out[1:], clean[1:])
     assert torch.equal(out[0, 4:], clean[0, 4:])
-    assert out[0, :4, :32].isnan().all()
-    assert torch.equal(out[0, :4, 32], clean[0, :4, 32])
+    assert out[0, :4, :DIM].isnan().all()
+    assert torch.equal(out[0, :4, DIM], clean[0, :4, DIM])
+
+
+@pytest.mark.parametrize("cache", ["int8", "fp8", "int4"])
+def test_every_code_is_exact_in_both_arithmetics(cache: str) -> None:
+    """A single key of weight 1 gives back its value: each code of the format, of either sign."""
+    dtype = kv_formats.stored_dtype(cache)
+    width = kv_formats.stored_width("k", DIM, dtype)
+    codes = torch.arange(16 * width).to(torch.uint8).view(16, 1, 1, width)
+    if cache == "fp8":
+        codes[codes & 0x7F == 0x7F] = 0  # not a number
+    pages = len(codes)
+    ones = torch.ones(pages, 1, 1)
+    arguments = {
+        "k_cache": codes.view(dtype),
+        "v_cache": codes.view(dtype),
+        "k_scale": ones,
+        "v_scale": ones,
+        "block_table": torch.arange(pages, dtype=torch.int32)[:, None],
+        "cache_seqlens": torch.ones(pages, dtype=torch.int32),
+    }
+    q = torch.zeros(pages, 1, DIM)
+    for q_dtype in (torch.float32, torch.bfloat16):
+        out = paged_attention(q.to(q_dtype), **arguments, backend="cpu")
+        expected = naive.paged_attention(q, **arguments)
+        assert torch.equal(out.float(), expected), q_dtype
 
 
 def test_any_table_and_lengths_are_safe() -> None:
@@ -112,14 +147,14 @@ def test_any_table_and_lengths_are_safe() -> None:
         cu_seqlens = torch.randint(-3, 12, (7,), generator=generator).int()
         for ragged in ({}, {"cu_seqlens_q": cu_seqlens}):
             out = paged_attention(
-                inputs.randn(6, 8, 32),
+                inputs.randn(6, 8, DIM),
                 **arguments,
                 block_table=table,
                 cache_seqlens=seqlens,
                 **ragged,
                 backend="cpu",
             )
-            assert out.shape == (6, 8, 32)
+            assert out.shape == (6, 8, DIM)
 
 
 @pytest.mark.parametrize("dtype", testing.HALF_AND_SINGLE)
@@ -156,10 +191,10 @@ def test_appended_bytes_are_the_definitions(dtype: torch.dtype, cache: str) -> N
 def test_a_tensor_of_no_pages_still_has_a_table() -> None:
     assert native.why_not_cpu() is None
     out = paged_attention(
-        torch.ones(2, 2, 32),
+        torch.ones(2, 2, DIM),
         **_cache(Inputs(torch.float32), 1, 4),
         block_table=torch.empty(2, 0, dtype=torch.int32),
         cache_seqlens=torch.tensor([0, 7], dtype=torch.int32),
         backend="cpu",
     )
-    assert torch.equal(out, torch.zeros(2, 2, 32))
+    assert torch.equal(out, torch.zeros(2, 2, DIM))
