@@ -2,9 +2,9 @@
 //
 // All queries of a sequence and all heads of a group go along the keys together, so a row is loaded
 // and converted once for all of them. The keys of a sequence are cut into splits of fixed size,
-// counted from key 0; each split is a task of its own with its own running maximum and sum, and
-// whoever finishes a sequence's last split merges them in order. Split sizes depend on nothing, so
-// neither do a row's bits: not on threads, nor on the batch, nor on pages.
+// counted from key 0; each has a running maximum and sum of its own, and whoever finishes a sequence's
+// last split merges them in order. Split sizes depend on nothing, so neither do a row's bits: not on
+// threads, nor on the batch, nor on pages.
 //
 // Requests that share pages have splits in common: one task takes such a split for the rows of all
 // of them. That changes what is read how often, and no arithmetic.
@@ -110,7 +110,8 @@ class Decode {
   struct Buffers {
     Buffers(int64_t rows, int64_t k_size, int64_t v_size) {
       const int64_t wider = std::max(k_size, v_size);
-      memory = make_workspace<float>(rows * (k_size + v_size + SCORE_STRIDE + 2) + STEP * wider + W);
+      const int64_t row_size = k_size + v_size + SCORE_STRIDE + 2;
+      memory = make_workspace<float>(rows * row_size + STEP * wider + W);
       queries = memory.get();
       out = queries + rows * k_size;
       scores = out + rows * v_size;
@@ -173,10 +174,10 @@ class Decode {
     }
   }
 
-  // One split for some heads, n rows each; at its end, the upcoming one is fetched. Returns whether the
-  // results are finite.
-  bool attend(int64_t split, int64_t kv_head, int64_t heads, const DecodeRow* rows, int64_t n, Buffers& b,
-              bool careful, const Work* upcoming) const {
+  // One split for some heads, n rows each; at its end, the upcoming one is fetched. Returns whether
+  // the results are finite.
+  bool attend(int64_t split, int64_t kv_head, int64_t heads, const DecodeRow* rows, int64_t n,
+              Buffers& b, bool careful, const Work* upcoming) const {
     const int64_t all = heads * n;
     int64_t first = INT64_MAX, end = 0;
     for (int64_t r = 0; r < all; ++r) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "cpu/attention.h"
 
@@ -11,8 +12,10 @@ constexpr int64_t BLOCK = 128;  // keys between two updates of the maxima
 constexpr int64_t STEP = 16;    // keys that the loops take together, or less
 
 struct Block {
-  const void* k[BLOCK + STEP];  // of the task's first head; the last one repeats
-  const void* v[BLOCK + STEP];
+  // Of the task's first head. The last one repeats: what is taken goes a STEP beyond, and what is
+  // fetched as far beyond as what is taken meanwhile is long.
+  const void* k[2 * BLOCK + STEP];
+  const void* v[2 * BLOCK + STEP];
   const float *k_scale[BLOCK], *v_scale[BLOCK];  // the same
   bool is_missing[BLOCK];  // valid if any_missing: keys in pages that do not exist
   bool any_missing;
@@ -82,8 +85,8 @@ inline void locate(const Attention& a, const Sequence& s, int64_t kv_head, int64
       }
     }
   }
-  std::fill(block.k + block.count, block.k + BLOCK + STEP, block.k[block.count - 1]);
-  std::fill(block.v + block.count, block.v + BLOCK + STEP, block.v[block.count - 1]);
+  std::fill(block.k + block.count, std::end(block.k), block.k[block.count - 1]);
+  std::fill(block.v + block.count, std::end(block.v), block.v[block.count - 1]);
 }
 
 }  // namespace tilewise
