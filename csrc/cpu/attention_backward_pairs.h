@@ -161,11 +161,8 @@ class BackwardPairs : public BackwardRows {
 
   // Lanes of x and y in turns, as bfloat16; returns all of x's before all of y's.
   static __m512i store_zipped(F32 x, F32 y, Pair* out) {
-    alignas(64) static constexpr uint16_t TURNS[32] = {
-        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v);
-    _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(TURNS), both));
+    _mm512_store_si512(out, in_turns(both).v);
     return both;
   }
 

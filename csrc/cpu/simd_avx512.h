@@ -24,6 +24,14 @@ struct Pairs {
   __m512i v;
 };
 
+// The first and the last sixteen of 32 elements in turns: a pair has one of each.
+inline Pairs in_turns(__m512i halves) {
+  const __m512i turns = _mm512_setr_epi32(
+      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+      0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  return {_mm512_permutexvar_epi16(turns, halves)};
+}
+
 // Both products of each pair are added to c. Subnormal operands and results count as zeros.
 inline F32 fma(Pairs a, Pairs b, F32 c) {
   return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);

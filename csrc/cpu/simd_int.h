@@ -64,10 +64,7 @@ inline F32 max_bits(F32 a, F32 b) {
 
 // Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
 inline I32 to_pairs(F32 a, F32 b) {
-  const __m512i zip = _mm512_setr_epi32(
-      0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
-      0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-  return _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+  return in_turns((__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)).v;
 }
 
 // What is added to signed bytes before they are multiplied: vpdpbusd takes one side unsigned.
