@@ -1,4 +1,5 @@
-// One block of the backward pass in float32: queries of a head against keys (attention_backward_rows.h).
+// One block of the backward pass in float32: queries of a head against keys. What it is part of:
+// attention_backward_rows.h.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,5 @@
-// One block of the backward pass in products of bfloat16 pairs (AVX-512): see attention_backward_rows.h.
+// One block of the backward pass in products of bfloat16 pairs (AVX-512). What it is part of:
+// attention_backward_rows.h.
 //
 // vpdpbf16ps adds two products an instruction, so all five products take half of what they take in
 // float32. Each sums over pairs of something: of dimensions (S, dP), of queries (dV, dK) or of keys

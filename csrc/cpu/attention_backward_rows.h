@@ -116,8 +116,8 @@ class BackwardRows {
     keys = std::min(KEY_BLOCK, s.k_len - first_key_);
   }
 
-  // read(r, q_row, grad_row) for every query of block i, which returns whether both are finite; then the
-  // ranges are there.
+  // read(r, q_row, grad_row) for every query of block i, which returns whether both are finite; then
+  // the ranges are there.
   template <class T, class Read>
   void for_queries(const Sequence& s, int64_t head, int64_t i, const Read& read) {
     first_query_ = i * QUERY_BLOCK;

@@ -1,4 +1,6 @@
-// Register-blocked products of small matrices with sums in float32: C (M x N) = or += A (M x K) B (K x N).
+// Register-blocked products of small matrices with sums in float32:
+//
+//   C (M x N) = or += A (M x K) B (K x N)
 //
 // K counts floats, or with AVX-512 also pairs of bfloat16: whoever packs pairs of k into 32 bits has
 // both multiplied and added by one instruction.

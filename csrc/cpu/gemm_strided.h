@@ -29,7 +29,8 @@ struct MatrixOf {
 
 using Matrix = MatrixOf<float>;
 
-// Elements of 4 bytes from one row of `columns` to the next: whole panels, in an odd number of cache lines.
+// Elements of 4 bytes from one row of `columns` to the next: whole panels, in an odd number of cache
+// lines.
 constexpr int64_t odd_stride(int64_t columns) { return (round_up(columns, PANEL) / 16 | 1) * 16; }
 
 struct Range {

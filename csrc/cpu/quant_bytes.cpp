@@ -133,7 +133,9 @@ template <class F, int DIGITS, int ROWS>
 void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
                      SumsInMemory sums) {
   for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums.data += ROWS * sums.stride) {
-    for (int s = 0; s < strips; ++s) multiply_strip<F, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
+    for (int s = 0; s < strips; ++s) {
+      multiply_strip<F, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
+    }
   }
   if constexpr (ROWS > 1) multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
 }
@@ -170,8 +172,9 @@ constexpr int PASSES = W == 16 ? 2 : 1;
 // One panel with as many rows as leave everything in registers: no strip is written to memory, if
 // all that it is made of is inlined.
 template <class F, int DIGITS, int ROWS = STREAMED<DIGITS>>
-__attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel, const SplitRows<DIGITS>& x, int64_t begin,
-                  int64_t rows, float* sums, int64_t sums_stride) {
+__attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel,
+                                           const SplitRows<DIGITS>& x, int64_t begin, int64_t rows,
+                                           float* sums, int64_t sums_stride) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
       return stream_panel<F, DIGITS, ROWS - 1>(w, panel, x, begin, rows, sums, sums_stride);
