@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from tilewise import gpu, testing
-from tilewise.cli import build_triton, main
+from tilewise.cli import build_triton, main, triton_usage
 from tilewise.dispatch import OPS
 
 compiles = pytest.mark.skipif(
@@ -40,33 +40,12 @@ def test_blank_inputs_are_zeros_of_the_right_kind():
 @compiles
 @pytest.mark.parametrize(("target", "others"), [("sm_90", "gfx942"), ("gfx942", "sm_90")])
 def test_prints_what_every_kernel_needs(capsys, one_call, target, others):
-    assert main(["build", "--triton", target, "--op", "rms_norm", "-q"]) == 0
+    assert main(["build", "--triton", target, "--op", "rms_norm", "-q", "-t", "1"]) == 0
     out = capsys.readouterr().out
     assert f"{target}: 4 kernels" in out  # forward and backward, in two dtypes
     assert others not in out
     for word in ("norm", "norm_backward", "bfloat16", "float16"):
         assert word in out.split()
-
-
-@compiles
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_reads_registers_and_spills(target):
-    case = next(case for case in testing.all_compiled_calls() if case.op == "rms_norm")
-    for kernel in testing.compile_case(case, target, case.dtypes[0]):
-        used = build_triton.usage(kernel)
-        assert 8 <= used.registers <= 255
-        assert used.spills == 0
-        assert used.matrix == ()
-
-
-def test_reads_the_metadata_of_amd():
-    text = """
-    .agpr_count:     4
-    .private_segment_fixed_size: 24
-    .vgpr_count:     96
-    .vgpr_spill_count: 5
-"""
-    assert build_triton._amd_usage(text) == (96, 24)
 
 
 @compiles
@@ -78,23 +57,36 @@ def test_reads_the_metadata_of_amd():
             {"shared": (227 << 10) + 1},
             "norm for sm_90: needs 232449 bytes of shared memory, the chip has 232448",
         ),
+        ({"matrix": ()}, "norm for sm_90: multiplies matrices without matrix instructions"),
     ],
 )
-def test_fails_for_a_kernel_that_needs_too_much(capsys, monkeypatch, one_call, needs, expected):
+def test_fails_for_a_kernel_that_is_not_fit(capsys, monkeypatch, one_call, needs, expected):
     used = {"registers": 32, "spills": 128, "shared": 227 << 10, "matrix": ("wgmma",)}
-    monkeypatch.setattr(build_triton, "usage", lambda kernel: build_triton.Usage(**used))
-    assert main(["build", "--triton", "sm_90", "-q"]) == 0
-    assert "too much" not in capsys.readouterr().out
-    monkeypatch.setattr(build_triton, "usage", lambda kernel: build_triton.Usage(**used | needs))
-    assert main(["build", "--triton", "sm_90", "-q"]) == 1
-    assert f"too much {expected}" in capsys.readouterr().out
+    used["wants_matrix"] = True
+    monkeypatch.setattr(triton_usage, "usage", lambda kernel: triton_usage.Usage(**used))
+    assert main(["build", "--triton", "sm_90", "-q", "-t", "1"]) == 0
+    assert "norm for sm_90:" not in capsys.readouterr().out
+    monkeypatch.setattr(triton_usage, "usage", lambda kernel: triton_usage.Usage(**used | needs))
+    assert main(["build", "--triton", "sm_90", "-q", "-t", "1"]) == 1
+    assert f"wrong {expected}" in capsys.readouterr().out
+
+
+@compiles
+def test_processes_find_what_one_process_finds(capsys):
+    printed = []
+    for processes in ("1", "2"):
+        asked = ["build", "--triton", "sm_90", "gfx942", "--op", "layer_norm", "-q"]
+        assert main([*asked, "-t", processes]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "norm_backward" in printed[0]
+    assert printed[0] == printed[1]
 
 
 def test_says_in_what_kernels_of_a_name_differ():
     import torch
 
     def compiled(name, **constants):
-        return gpu.Compiled(name, "sm_90", constants, None)
+        return triton_usage.Kernel(name, "sm_90", constants, "", None)
 
     kernels = [
         compiled("a", x=torch.float16, bias=None, BLOCK=4, num_warps=2),

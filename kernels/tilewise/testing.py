@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -341,18 +341,21 @@ def all_compiled_calls() -> list[Case]:
     return calls
 
 
-def compile_case(case: Case, target: str, dtype: torch.dtype) -> list[gpu.Compiled]:
-    """The Triton kernels of a call and of its gradients, compiled for a target and not run."""
-    with gpu.compiling_for(target) as kernels:
-        arguments = case.make(BlankInputs(dtype))
-        for name in case.grad:
-            arguments[name].requires_grad_()
-        returned = public_function(case.op)(**arguments, backend="triton")
-        results = case.results(arguments, returned).values()
-        differentiable = [result for result in results if result.requires_grad]
-        if differentiable:
-            torch.autograd.backward(differentiable, [torch.zeros_like(r) for r in differentiable])
-    return kernels
+def compile_case(case: Case, targets: Sequence[str], dtype: torch.dtype) -> list[gpu.Compiled]:
+    """The Triton kernels of a call and of its gradients, compiled for targets and not run."""
+    arguments = case.make(BlankInputs(dtype))
+    for name in case.grad:
+        arguments[name].requires_grad_()
+    compiled = []
+    for target in targets:
+        with gpu.compiling_for(target) as kernels:
+            returned = public_function(case.op)(**arguments, backend="triton")
+            results = case.results(arguments, returned).values()
+            ends = [result for result in results if result.requires_grad]
+            if ends:
+                torch.autograd.backward(ends, [torch.zeros_like(end) for end in ends])
+        compiled += kernels
+    return compiled
 
 
 def run_case(

@@ -7,7 +7,7 @@ import contextlib
 import sys
 
 from tilewise import build, gpu
-from tilewise.cli import build_triton
+from tilewise.cli import build_triton, triton_usage
 from tilewise.cli.console import Advance, Commands, UserError, count, progress
 from tilewise.dispatch import OPS
 
@@ -43,7 +43,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spill-limit",
         type=count,
-        default=build_triton.SPILL_LIMIT,
+        default=triton_usage.SPILL_LIMIT,
         metavar="BYTES",
         help="with --triton: what a thread may spill (default: %(default)s)",
     )

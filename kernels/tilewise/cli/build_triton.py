@@ -4,23 +4,27 @@ What a kernel needs of a chip is known once it is compiled. Registers that do no
 spilled to memory, which costs speed; shared memory that does not suffice makes the launch fail. So
 every kernel is compiled in the configurations that ship, for calls with the shapes of real models,
 and judged without being run.
+
+Nearly all of the time is spent within the compiler, which uses one core: calls are shared out among
+processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tilewise import gpu
 from tilewise.cli.console import UserError, make_console, one_line, progress
+from tilewise.cli.triton_usage import Kernel, judge, violations
 from tilewise.dispatch import OPS, BackendError
 
 if TYPE_CHECKING:
@@ -28,40 +32,9 @@ if TYPE_CHECKING:
 
     from tilewise.testing import Case
 
-SPILL_LIMIT = 128
-"""Bytes per thread that a kernel may spill unless an option says otherwise."""
-
-FLOAT32_SPILL_LIMIT = 1024
-"""The same without matrix instructions, as NVIDIA's chips multiply float32. There the compiler
-holds whole tiles of products in registers; such calls are for checking, and are not tuned."""
-
-_MATRIX_INSTRUCTIONS = (
-    ("wgmma", "wgmma.mma_async"),
-    ("tcgen05", "tcgen05.mma"),
-    ("mma.sync", "mma.sync"),
-    ("v_mfma", "v_mfma"),
-)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a compiled kernel needs.
-
-    Args:
-        registers: per thread; on AMD vector and accumulation registers together.
-        spills: bytes of memory per thread beyond the registers.
-        shared: bytes of shared memory per block of threads.
-        matrix: the matrix instructions in its code.
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    matrix: tuple[str, ...]
-
 
 def run(options: argparse.Namespace) -> int:
-    """Compile for every target that was asked for; 1 if a kernel needs too much."""
+    """Compile for every target that was asked for; 1 if a kernel is not fit."""
     targets = options.triton or list(gpu.TARGETS)
     for target in targets:
         if target not in gpu.TARGETS:
@@ -73,20 +46,22 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--triton: the package triton is not installed")
     if gpu.INTERPRETED:
         raise UserError("--triton: TRITON_INTERPRET=1 is set, so that nothing is compiled")
-    calls = _calls(options.op)
-    if not calls:
+    if not _calls(options.op):
         raise UserError(f"--triton: {options.op} has no Triton kernels")
+    targets = list(dict.fromkeys(targets))
+    processes = options.threads or torch.get_num_threads()
+    kernels = _compile(options.op, targets, processes, options.quiet)
     console = make_console()
-    violations = []
-    for target in dict.fromkeys(targets):
-        found = [(kernel, usage(kernel)) for kernel in _compile(target, calls, options.quiet)]
-        _print_table(target, found, console)
-        for kernel, used in found:
-            for what in _violations(used, target, options.spill_limit):
-                violations.append(f"{kernel.kernel} for {target}: {what}")
-    for line in violations:
-        console.print("[red]too much[/]", line, soft_wrap=True)
-    return 1 if violations else 0
+    found = []
+    for target in targets:
+        of_target = [kernel for kernel in kernels if kernel.target == target]
+        _print_table(target, of_target, console)
+        for kernel in of_target:
+            for what in violations(kernel.usage, target, options.spill_limit):
+                found.append(f"{kernel.name} for {target}: {what}")
+    for line in found:
+        console.print("[red]wrong[/]", line, soft_wrap=True)
+    return 1 if found else 0
 
 
 # --- the calls ------------------------------------------------------------------------------------
@@ -104,112 +79,81 @@ def _calls(op: str | None) -> list[tuple[Case, Any]]:
     ]
 
 
-def _compile(target: str, calls: list[tuple[Case, Any]], quiet: bool) -> list[gpu.Compiled]:
+def _compile(op: str | None, targets: list[str], processes: int, quiet: bool) -> list[Kernel]:
     """The kernels of all calls, each different piece of code once."""
+    calls = _calls(op)
+    judged: dict[tuple[str, str, str], Kernel] = {}
+    with progress("compiling", len(calls), quiet=quiet) as advance:
+        compiled = _in_processes(min(processes, len(calls)), op, len(calls), targets)
+        for (case, _), kernels in zip(calls, compiled, strict=True):
+            for kernel in kernels:
+                judged.setdefault((kernel.target, kernel.name, kernel.digest), kernel)
+            advance(f"{case.op}[{case.id}]")
+    return sorted(judged.values(), key=lambda kernel: kernel.name)
+
+
+def _in_processes(
+    processes: int, op: str | None, count: int, targets: list[str]
+) -> Iterator[list[Kernel]]:
+    """`_compile_call` of every number below `count`, in order; in this process if one is enough."""
+    arguments = (repeat(op), range(count), repeat(targets))
+    if processes == 1:
+        yield from map(_compile_call, *arguments)
+        return
+    # A fork would have the locks of this process's threads, but not the threads that open them.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as executor:
+        try:
+            yield from executor.map(_compile_call, *arguments)
+        except BrokenProcessPool:
+            message = "--triton: a compiling process was killed; with -t there are fewer of them"
+            raise UserError(message) from None
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _compile_call(op: str | None, number: int, targets: list[str]) -> list[Kernel]:
+    """The kernels of one call, named by its number: what makes its inputs cannot be sent."""
     from tilewise.testing import compile_case
 
-    kernels: dict[tuple[str, str], gpu.Compiled] = {}
-    with progress(target, len(calls), quiet=quiet) as advance:
-        for case, dtype in calls:
-            advance(f"{target} {case.op}[{case.id}]", steps=0)
-            try:
-                compiled = compile_case(case, target, dtype)
-            except BackendError as error:
-                raise UserError(f"{case.op}[{case.id}]: {one_line(error)}") from None
-            for kernel in compiled:
-                kernels.setdefault((kernel.kernel, assembly(kernel)), kernel)
-            advance()
-    return sorted(kernels.values(), key=lambda kernel: kernel.kernel)
-
-
-# --- what a kernel needs --------------------------------------------------------------------------
-
-
-def assembly(kernel: gpu.Compiled) -> str:
-    """The text that the kernel was assembled from."""
-    code = kernel.triton.asm
-    return code["ptx"] if "ptx" in code else code["amdgcn"]
-
-
-def usage(kernel: gpu.Compiled) -> Usage:
-    """Read the needs of a kernel from what the compiler left."""
-    text = assembly(kernel)
-    if "ptx" in kernel.triton.asm:
-        registers, spills = _nvidia_usage(kernel.triton.asm["cubin"])
-    else:
-        registers, spills = _amd_usage(text)
-    matrix = tuple(name for name, instruction in _MATRIX_INSTRUCTIONS if instruction in text)
-    return Usage(registers, spills, kernel.triton.metadata.shared, matrix)
-
-
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes, by NVIDIA's own tool, which Triton's package brings along."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        try:
-            done = subprocess.run(
-                [tool, "-res-usage", path], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"--triton: {one_line(error)}") from None
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
-    return int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"])
-
-
-def _amd_usage(text: str) -> tuple[int, int]:
-    """Registers and spilled bytes, from the metadata at the end of the code."""
-    numbers = {name: int(n) for name, n in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.M)}
-    spills = max(4 * numbers["vgpr_spill_count"], numbers["private_segment_fixed_size"])
-    # vgpr_count is of both kinds: they are one file of registers on these chips.
-    return numbers["vgpr_count"], spills
-
-
-def _violations(used: Usage, target: str, spill_limit: int) -> list[str]:
-    violations = []
-    if not used.matrix:
-        spill_limit = max(spill_limit, FLOAT32_SPILL_LIMIT)
-    if used.spills > spill_limit:
-        violations.append(f"spills {used.spills} bytes per thread, allowed are {spill_limit}")
-    limit = gpu.SHARED_MEMORY[target]
-    if used.shared > limit:
-        violations.append(f"needs {used.shared} bytes of shared memory, the chip has {limit}")
-    return violations
+    case, dtype = _calls(op)[number]
+    try:
+        return judge(compile_case(case, targets, dtype))
+    except BackendError as error:
+        raise UserError(f"{case.op}[{case.id}]: {one_line(error)}") from None
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
-def _print_table(target: str, found: list[tuple[gpu.Compiled, Usage]], console: Console) -> None:
+def _print_table(target: str, kernels: list[Kernel], console: Console) -> None:
     from rich.markup import escape
 
     from tilewise.benchmarks.report import make_table
 
-    table = make_table(f"{target}: {len(found)} kernels")
+    table = make_table(f"{target}: {len(kernels)} kernels")
     table.add_column("kernel", no_wrap=True)
     for heading in ("registers", "spills", "shared"):
         table.add_column(heading, justify="right")
     table.add_column("matrix", no_wrap=True)
     table.add_column("compiled for", style="dim")
-    for kernel, used in found:
+    for kernel in kernels:
+        used = kernel.usage
         table.add_row(
-            kernel.kernel,
+            kernel.name,
             str(used.registers),
             str(used.spills or ""),
             str(used.shared or ""),
             " ".join(used.matrix),
-            escape(distinguishing(kernel, [other for other, _ in found])),
+            escape(distinguishing(kernel, kernels)),
         )
     console.print(table)
     console.print()
 
 
-def distinguishing(kernel: gpu.Compiled, kernels: list[gpu.Compiled]) -> str:
+def distinguishing(kernel: Kernel, kernels: list[Kernel]) -> str:
     """The dtypes of its tensors, and in what else the kernel differs from others of its name."""
-    same = [other.constants for other in kernels if other.kernel == kernel.kernel]
+    same = [other.constants for other in kernels if other.name == kernel.name]
     words = []
     for name, value in kernel.constants.items():
         if isinstance(value, torch.dtype):
