@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tilewise import gpu, moe, quantized_embedding, quantized_matmul
-from tilewise.quant import triton
+from tilewise.quant import triton_configs as configs
 from tilewise.quant.cases import gguf_weight
 from tilewise.quant.formats import FORMATS
 from tilewise.quant.quantizer import quantize
@@ -37,8 +37,8 @@ def _arguments(device, dtype, m, n, k, scheme="int4", **options):
 def test_k_split_among_programs(m, scheme, dtype, device):
     """Parts with everything after them, swiglu's halves among it."""
     inputs, arguments = _arguments(device, dtype, m, 48, 2304, scheme)
-    tile = triton.tile_for(arguments["x"], m)
-    assert triton.splits_of(m, 2304, tile.k, 2, triton.config(arguments["x"]).programs) > 1
+    tile = configs.tile_for(arguments["x"], m)
+    assert configs.splits_of(m, 2304, tile.k, 2, configs.config(arguments["x"]).programs) > 1
     arguments["bias"] = inputs.randn(48)
     arguments["adapter"] = (inputs.randn(2304, 3, scale=0.1), inputs.randn(3, 48))
     arguments["activation"] = "swiglu"
@@ -51,8 +51,8 @@ def test_k_split_among_programs(m, scheme, dtype, device):
     ("scheme", "act"), [("int4", None), ("int4", "int8"), ("nf4", None), ("Q4_K", None)]
 )
 def test_a_weight_unpacked_as_a_whole(scheme, act, after, device, monkeypatch):
-    chosen = triton.config(torch.empty(0, device=device))._replace(whole=8)
-    monkeypatch.setattr(triton, "config", lambda x: chosen)
+    chosen = configs.config(torch.empty(0, device=device))._replace(whole=8)
+    monkeypatch.setattr(configs, "config", lambda x: chosen)
     inputs, arguments = _arguments(device, torch.float16, 9, 37, 256, scheme)
     arguments["act"] = act
     if after:
@@ -61,8 +61,8 @@ def test_a_weight_unpacked_as_a_whole(scheme, act, after, device, monkeypatch):
 
 
 def test_the_gradient_by_a_whole_weight(device, monkeypatch):
-    chosen = triton.config(torch.empty(0, device=device))._replace(whole=8)
-    monkeypatch.setattr(triton, "config", lambda x: chosen)
+    chosen = configs.config(torch.empty(0, device=device))._replace(whole=8)
+    monkeypatch.setattr(configs, "config", lambda x: chosen)
     _, arguments = _arguments(device, torch.float16, 9, 37, 100)
 
     def grad(arguments, backend):

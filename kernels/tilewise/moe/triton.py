@@ -12,6 +12,8 @@ from tilewise.moe.naive import route
 from tilewise.moe.operators import MOE, Weight, weight_of
 from tilewise.quant import triton as quant
 from tilewise.quant.formats import QuantizedTensor
+from tilewise.quant.triton_configs import tile_for
+from tilewise.quant.triton_weights import format_of, parts_of
 
 _MOST_EXPERTS = 4096  # every program counts them all
 
@@ -77,9 +79,9 @@ def _product(
     experts, n, k = weight.shape
     choices = len(order)
     # Few choices are seldom of one expert; many are spread.
-    tile = quant.tile_for(x, -(-choices // experts), is_pair=is_first)
+    tile = tile_for(x, -(-choices // experts), is_pair=is_first)
     max_tiles = choices // tile.m + min(experts, choices)
-    tensors, sizes = quant.parts_of(weight, x.dtype)
+    tensors, sizes = parts_of(weight, x.dtype)
     gpu.launch(
         kernels.experts_product,
         (max_tiles * -(-out.shape[1] // tile.n),),
@@ -96,7 +98,7 @@ def _product(
         x.stride(0),
         *sizes,
         top_k,
-        **quant.format_of(weight),
+        **format_of(weight),
         IS_FIRST=is_first,
         EVEN=k % tile.k == 0,
         BLOCK_E=max(1 << (experts - 1).bit_length(), 2),

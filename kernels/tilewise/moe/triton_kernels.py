@@ -12,7 +12,8 @@ The idea of the sorted, padded tiles is that of Gale et al., MegaBlocks, 2022 (a
 import triton
 import triton.language as tl
 
-from tilewise.quant.triton_kernels import accumulate, activate
+from tilewise.quant.triton_finish_kernels import activate
+from tilewise.quant.triton_kernels import accumulate
 
 
 @triton.jit

@@ -9,16 +9,9 @@ requests share once. There the caller says what is shared; here the block table 
 import triton
 import triton.language as tl
 
-from tilewise.paged.triton_kernels import (
-    LOG2E,
-    _clamp,
-    _is_finite,
-    _keys_of_block,
-    _load_row,
-    _normalise,
-    _request,
-    _split_size,
-)
+from tilewise.paged.triton_requests import clamp, keys_of_block, split_size, tokens_of_request
+from tilewise.paged.triton_rows import is_finite, load_row
+from tilewise.paged.triton_softmax import LOG2E, normalise
 
 
 @triton.jit
@@ -46,16 +39,14 @@ def find_shared(
     for back in tl.static_range(SHARE):
         request = first + (SHARE - 1 - back)
         before = tl.maximum(request - 1, 0)
-        seqlen = _clamp(
-            tl.load(cache_seqlens + request, mask=request < batch, other=0), 0, capacity
-        )
-        seqlen_before = _clamp(
+        seqlen = clamp(tl.load(cache_seqlens + request, mask=request < batch, other=0), 0, capacity)
+        seqlen_before = clamp(
             tl.load(cache_seqlens + before, mask=request < batch, other=0), 0, capacity
         )
-        size = _split_size(seqlen, MIN_SPLIT, MAX_SPLITS)
+        size = split_size(seqlen, MIN_SPLIT, MAX_SPLITS)
         end = split * size + size
         is_same = (request > first) & (end <= tl.minimum(seqlen, seqlen_before))
-        is_same = is_same & (_split_size(seqlen_before, MIN_SPLIT, MAX_SPLITS) == size)
+        is_same = is_same & (split_size(seqlen_before, MIN_SPLIT, MAX_SPLITS) == size)
         first_page = split * size // PAGE_SIZE
         end_page = tl.where(is_same, tl.cdiv(end, PAGE_SIZE), first_page)
         pages = block_table + request.to(tl.int64) * table_stride
@@ -111,7 +102,7 @@ def merge_splits(
     request = tl.program_id(0) // REQUEST_ROWS
     row = tl.program_id(0) % REQUEST_ROWS
     kv_head = tl.program_id(1)
-    q_begin, q_len, seqlen = _request(
+    q_begin, q_len, seqlen = tokens_of_request(
         request, batch, cu_seqlens_q, cache_seqlens, tokens, capacity, IS_RAGGED
     )
     rows = q_len * GROUP
@@ -121,10 +112,10 @@ def merge_splits(
         is_small = (rows <= SMALL_ROWS) | (q_len == 1)
         if not is_small:
             return
-    begin, end, _, _ = _keys_of_block(
+    begin, end, _, _ = keys_of_block(
         row // M * M, rows, q_len, seqlen, left, right, GROUP, M, N, HAS_LEFT, HAS_RIGHT
     )
-    count = tl.cdiv(end - begin, _split_size(end - begin, MIN_SPLIT, MAX_SPLITS))
+    count = tl.cdiv(end - begin, split_size(end - begin, MIN_SPLIT, MAX_SPLITS))
     head = kv_head * GROUP + row % GROUP
     split = tl.arange(0, SPLIT_BLOCK)
     exists = split < count
@@ -134,13 +125,13 @@ def merge_splits(
     m = tl.max(maxima, 0)
     factor = tl.exp2(maxima - tl.where(m == float("-inf"), 0.0, m))
     l = tl.sum(sums * factor, 0)
-    x = _load_row(partial_out + at * V_DIM, exists, V_DIM, V_BLOCK)
+    x = load_row(partial_out + at * V_DIM, exists, V_DIM, V_BLOCK)
     acc = tl.sum(x * factor[:, None], 0)
     sink = tl.full([], float("-inf"), tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-    weight, log_sum = _normalise(m, l, sink)
-    good = tl.min(_is_finite(acc).to(tl.int32), 0)
+    weight, log_sum = normalise(m, l, sink)
+    good = tl.min(is_finite(acc).to(tl.int32), 0)
     weight = tl.where(good == 1, weight * OUT_SCALE, float("nan"))
     acc = tl.where(l != 0.0, acc * weight, 0.0)
     out_at = (q_begin.to(tl.int64) + row // GROUP) * (tl.num_programs(1) * GROUP) + head

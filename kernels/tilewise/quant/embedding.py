@@ -6,7 +6,8 @@ import torch
 
 from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
-from tilewise.quant import naive, native, triton
+from tilewise.quant import naive, native
+from tilewise.quant import triton_weights as triton
 from tilewise.quant.formats import QuantizedTensor
 
 

@@ -1,0 +1,104 @@
+"""How products with quantized weights are cut into Triton programs: a table per architecture."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tilewise import gpu
+
+
+class Tile(NamedTuple):
+    """A tile of `matmul` and how it is run. BLOCK_K is never less than 128: a chunk of Q6_K."""
+
+    n: int
+    m: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    """The table of an architecture; not measured yet, on any of them.
+
+    Args:
+        tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
+        pair_n: rows of each half of the weight where swiglu needs a pair of sums.
+        float32: the tile for float32, which has no tensor cores to feed.
+        programs: K is split until there are about so many. A constant, and not the number of
+            processors, on which no result may depend.
+        vector_rows: how many rows `vector` takes.
+        whole: from how many rows the weight is unpacked as a whole.
+    """
+
+    tiles: tuple[Tile, ...]
+    pair_n: int
+    float32: Tile
+    programs: int
+    vector_rows: int = 4
+    whole: int = 512
+
+
+_AMPERE = Config(
+    tiles=(
+        Tile(64, 16, 128, 4, 4),
+        Tile(64, 32, 128, 4, 3),
+        Tile(64, 64, 128, 4, 3),
+        Tile(64, 128, 128, 8, 2),
+    ),
+    pair_n=32,
+    float32=Tile(32, 32, 128, 4, 1),
+    programs=216,
+)
+_HOPPER = Config(
+    tiles=(
+        Tile(64, 16, 128, 4, 4),
+        Tile(64, 32, 128, 4, 4),
+        Tile(128, 64, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+    ),
+    pair_n=64,
+    float32=Tile(32, 32, 128, 4, 1),
+    programs=264,
+)
+CONFIGS = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE._replace(
+        tiles=(
+            Tile(64, 16, 128, 4, 4),
+            Tile(64, 32, 128, 4, 3),
+            Tile(64, 64, 128, 8, 2),
+            Tile(64, 128, 128, 8, 2),
+        )
+    ),
+    "sm_90": _HOPPER,
+    # With four warps ptxas finds no way to hold all in registers, and holds next to nothing there.
+    "sm_100": _HOPPER._replace(float32=Tile(32, 32, 128, 8, 1)),
+    "gfx942": Config(
+        tiles=(Tile(64, 16, 128, 4, 2), Tile(64, 32, 128, 4, 2), Tile(64, 64, 128, 4, 2)),
+        pair_n=64,
+        float32=Tile(32, 32, 128, 4, 1),
+        programs=304,
+    ),
+}
+
+
+def config(x: torch.Tensor) -> Config:
+    """The launch configurations for the GPU of x."""
+    return CONFIGS[gpu.architecture(x)]
+
+
+def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
+    """The tile for a product of so many rows in x's dtype; of a pair of them for swiglu."""
+    chosen = config(x)
+    if x.dtype == torch.float32:
+        return chosen.float32
+    tiles = chosen.tiles[:3] if is_pair else chosen.tiles  # two sums are held at once
+    tile = next((tile for tile in tiles if tile.m >= rows), tiles[-1])
+    return tile._replace(n=chosen.pair_n) if is_pair else tile
+
+
+def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
+    """Into how many parts K is cut: of four blocks at least, and few where a part is large."""
+    return max(1, min(programs // max(tiles, 1), k // (4 * block_k), 512 // m))
