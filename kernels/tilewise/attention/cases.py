@@ -402,6 +402,15 @@ COMPILED = [
         torch.bfloat16,
         grad=False,
     ),
+    *(
+        _compiled(
+            f"Llama-3-8B decode, {tokens}",
+            _dense(tokens, 4096, **_LLAMA | {"batch": 2}),
+            torch.bfloat16,
+            grad=False,
+        )
+        for tokens in (1, 4)
+    ),
     Case(
         "flash_attention_varlen",
         "Llama-3-8B",

@@ -7,7 +7,7 @@ lengths and tables have changed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient
 from tilewise.paged.native import why_not_cache
 from tilewise.paged.operators import PAGED_ATTENTION
+from tilewise.paged.triton_configs import Config, choose_config, power_of_two
 
 
 def why_not_paged_attention(
@@ -79,10 +80,6 @@ def _parts(cache: torch.Tensor) -> tuple[int, int, int, int]:
     return whole // 2, whole // 2, rest, power_of_two(rest)
 
 
-def power_of_two(n: int) -> int:
-    return max(1 << (n - 1).bit_length(), 16)
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 _MIN_SPLIT = 512
@@ -90,68 +87,19 @@ _MAX_SPLITS = 64  # between half as many and as many where a request is long
 _SMALL_ROWS = 64
 """A ragged request of at most so many rows, or of one token, has its keys split."""
 
+
+def few_rows(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether a dense batch, (batch, tokens, heads, head_dim), is one whose keys `attend` splits.
+
+    It depends on nothing but the shape of a batch row, as do a row's bits.
+    """
+    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    return k.shape[1] > _MIN_SPLIT and (q.shape[1] == 1 or rows <= _SMALL_ROWS)
+
+
 _MAX_WORKSPACE = 1 << 26
 """Floats of partial results, 256 MB. A batch that needs more is large enough to fill a GPU with
 fewer splits, unless its bits may not depend on it."""
-
-_SHARED_MEMORY = {"sm_80": 160, "sm_86": 96, "sm_90": 220, "sm_100": 220, "gfx942": 64}
-"""KB that a program may use."""
-
-
-class _Config(NamedTuple):
-    """How a launch is cut: rows and keys of a tile, and what Triton needs to know."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-
-
-def _config(
-    architecture: str,
-    m: int,
-    row: int,
-    stored_row: int,
-    q_row: int,
-    *,
-    is_small: bool,
-    has_bias: bool,
-) -> _Config:
-    """The most keys per tile, and the most tiles in flight, that shared memory has room for.
-
-    Args:
-        architecture: one of `gpu.TARGETS`.
-        m: rows of a block.
-        row: bytes of one key and its value as multiplied.
-        stored_row: bytes of the same as they lie in the cache.
-        q_row: bytes of one query.
-        is_small: whether the launch is for requests of few rows, which is bound by memory.
-        has_bias: whether a tile of scores has one of biases beside it.
-    """
-    available = _SHARED_MEMORY[architecture] * 1024
-    if m >= 64:
-        available -= m * q_row
-    if is_small and row <= 1024:
-        available //= 2  # two programs at a time
-    # A tile that is not multiplied as it was loaded needs room twice.
-    converted = row if stored_row != row or m >= 64 else 0
-    # Of the stages one multiplies, and half of the others are for looking up the pages.
-    stages = (2, 1) if architecture == "gfx942" else (5, 3) if row <= 1024 else (3,)
-    # Registers are what runs out first.
-    is_crowded = row >= 1024 or has_bias
-    is_crowded |= architecture == "sm_80" and m >= 64 and stored_row != row
-    is_crowded |= architecture == "sm_86" and m >= 64
-    n, num_stages = next(
-        (
-            (n, num_stages)
-            for n in ((32,) if is_crowded else (64, 32))
-            for num_stages in stages
-            if n * (max((num_stages - 1) // 2, 1) * stored_row + converted) <= available
-        ),
-        (16, 1),
-    )
-    is_wide = row > 1024 or m * max(row, 512) > 64 * 512
-    return _Config(m, n, 8 if is_wide else 4, num_stages)
 
 
 @PAGED_ATTENTION.kernel("triton")
@@ -161,6 +109,17 @@ def _paged_attention(
     v_cache: torch.Tensor,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
+    *options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return attend(q, k_cache, v_cache, block_table, cache_seqlens, *options)
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
@@ -174,6 +133,17 @@ def _paged_attention(
     bias: torch.Tensor | None,
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a cache, or without a table over the keys of a dense batch.
+
+    Args:
+        q: (tokens, heads, head_dim).
+        k_cache, v_cache: (pages, page_size, kv_heads, head_dim); without a table (batch, keys,
+            kv_heads, head_dim), for which all requests have as many tokens, `few_rows` of them.
+        others: as `paged_attention` has them.
+
+    Returns:
+        out (tokens, heads, v_head_dim) and the log-sum-exp (tokens, heads).
+    """
     import triton.language as tl
 
     from tilewise.paged import triton_kernels as kernels
@@ -181,14 +151,18 @@ def _paged_attention(
 
     tokens, heads, _ = q.shape
     num_pages, page_size, kv_heads = k_cache.shape[:3]
-    batch, max_pages = block_table.shape
-    group, capacity = heads // kv_heads, max_pages * page_size
+    if block_table is None:
+        batch, capacity, page_size = num_pages, page_size, 0
+    else:
+        batch, capacity = len(block_table), block_table.shape[1] * page_size
+    group = heads // kv_heads
     v_dim = kv_formats.elements(v_cache)
     out = q.new_empty(tokens, heads, v_dim)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if tokens == 0:
         return out, lse
-    is_ragged = cu_seqlens_q is not None
+    # Whether requests may have more tokens than one.
+    is_ragged = cu_seqlens_q is not None or (block_table is None and tokens > batch)
     # A limit that no two tokens are further apart than is none.
     right = 0 if causal else window_right
     left, right = (-1 if x >= capacity + tokens else x for x in (window_left, right))
@@ -214,7 +188,7 @@ def _paged_attention(
     vs_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
     tensors = (
         block_table,
-        cache_seqlens.contiguous(),
+        None if cache_seqlens is None else cache_seqlens.contiguous(),
         None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
         k_scale,
         v_scale,
@@ -232,7 +206,7 @@ def _paged_attention(
         *v_cache.stride()[:3],
         *ks_strides,
         *vs_strides,
-        block_table.stride(0),
+        0 if block_table is None else block_table.stride(0),
         heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
         *((0, 0, 0) if bias is None else bias.stride()),
         left,
@@ -268,10 +242,10 @@ def _paged_attention(
     most_rows = 16 if not has_tensor_cores else 128 if row <= 640 else 64 if row <= 1024 else 32
     architecture = gpu.architecture(q)
 
-    def configure(m: int, *, is_small: bool) -> _Config:
+    def configure(m: int, *, is_small: bool) -> Config:
         stored_row = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
         q_row = (k_parts[1] + k_parts[3]) * dtype.itemsize
-        config = _config(
+        config = choose_config(
             architecture, m, row, stored_row, q_row, is_small=is_small, has_bias=bias is not None
         )
         if not has_tensor_cores:
@@ -284,6 +258,8 @@ def _paged_attention(
 
     # Requests of few rows.
     small_rows = max(_SMALL_ROWS, group) if is_ragged else group
+    if block_table is None:
+        small_rows = max(power_of_two(tokens // batch * group), group)
     config = configure(min(power_of_two(small_rows), most_rows, 64), is_small=True)
     visible = capacity
     if left >= 0 and right >= 0:
@@ -297,9 +273,10 @@ def _paged_attention(
     partial_max, partial_sum = lse.new_empty(2, rows, splits) if is_split else (None, None)
     share, takes = 1, None
     # Rows with masks of their own do not see the same keys; a batch of one shares with nobody.
-    if is_split and batch > 1 and not is_ragged and left < 0 and bias is None:
+    can_share = block_table is not None and not is_ragged and left < 0 and bias is None
+    if is_split and batch > 1 and can_share:
         share = max(config.m // group, 1)
-    if share > 1:
+    if share > 1 and block_table is not None:
         takes = block_table.new_empty(batch, splits)
         gpu.launch(
             split_kernels.find_shared,
@@ -369,7 +346,7 @@ def _paged_attention(
             V_BLOCK=power_of_two(v_dim),
             num_warps=4 if v_dim <= 256 else 8,
         )
-    if is_ragged:
+    if cu_seqlens_q is not None:
         # All others, and the padding, which is as if it were one more request.
         config = configure(most_rows, is_small=False)
         gpu.launch(

@@ -10,7 +10,8 @@ from tilewise import gpu
 from tilewise.library import needs_grad
 from tilewise.paged.native import why_not_cache
 from tilewise.paged.operators import APPEND_KV
-from tilewise.paged.triton import FLOAT, FORMATS, power_of_two, stored
+from tilewise.paged.triton import FLOAT, FORMATS, stored
+from tilewise.paged.triton_configs import power_of_two
 
 
 def why_not_append_kv(

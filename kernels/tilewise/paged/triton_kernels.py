@@ -92,7 +92,7 @@ def paged_attention(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # 0 where k and v are (batch, keys, kv_heads, dim)
     DIM_1: tl.constexpr,
     BLOCK_1: tl.constexpr,
     DIM_2: tl.constexpr,
@@ -200,6 +200,10 @@ def paged_attention(
     m = tl.full([M], float("-inf"), tl.float32)
     l = tl.zeros([M], tl.float32)
 
+    pages = request  # without a table: all keys of a request are one page
+    if block_table is not None:
+        pages = block_table + request.to(tl.int64) * table_stride
+
     # Most tiles of a long request are seen by all rows. There nothing is masked, and a value that
     # is not finite is everyone's. With one token a request that holds for all its tiles.
     full_begin = end
@@ -241,7 +245,7 @@ def paged_attention(
                 ks,
                 vs,
                 bias_at,
-                block_table + request.to(tl.int64) * table_stride,
+                pages,
                 num_pages,
                 k_page_stride,
                 k_slot_stride,

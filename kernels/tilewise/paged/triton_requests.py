@@ -26,16 +26,22 @@ def tokens_of_request(
 
     Nobody has to have checked the lengths: whatever they are, the result lies within the tensors.
     The tokens behind the last request's are the padding, and count as request `batch`, which has no
-    keys.
+    keys. Without cache_seqlens every request has as many keys as there are.
     """
-    if IS_RAGGED:
+    if cu_seqlens_q is not None:
         begin = clamp(tl.load(cu_seqlens_q + i), 0, tokens)
         end = tl.load(cu_seqlens_q + i + 1, mask=i < batch, other=2147483647)
         end = clamp(end, begin, tokens)
+    elif IS_RAGGED:  # a dense batch
+        begin = i * (tokens // batch)
+        end = begin + tokens // batch
     else:
         begin = i
         end = i + 1
-    seqlen = clamp(tl.load(cache_seqlens + i, mask=i < batch, other=0), 0, capacity)
+    if cache_seqlens is not None:
+        seqlen = clamp(tl.load(cache_seqlens + i, mask=i < batch, other=0), 0, capacity)
+    else:
+        seqlen = i * 0 + capacity
     return begin, end - begin, seqlen
 
 

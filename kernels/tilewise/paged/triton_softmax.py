@@ -48,7 +48,7 @@ def attend(
     k_scale,
     v_scale,
     bias,  # (M,) pointers
-    pages,
+    pages,  # numbers of the pages, or where PAGE_SIZE is 0 the only one
     num_pages,
     k_page_stride,
     k_slot_stride,
@@ -84,15 +84,22 @@ def attend(
     """Take the keys [begin, end) in, tile by tile."""
     for start in range(begin, end, N):
         at = start + tl.arange(0, N)
-        if MASKED:
-            page = tl.load(
-                pages + at // PAGE_SIZE, mask=(at >= any_begin) & (at < any_end), other=-1
-            )
+        if PAGE_SIZE == 0:
+            exists = at >= 0
+            if MASKED:
+                exists = (at >= any_begin) & (at < any_end)
+            page = pages.to(tl.int64)
+            slot = at.to(tl.int64)
         else:
-            page = tl.load(pages + at // PAGE_SIZE)
-        exists = (page >= 0) & (page < num_pages)
-        page = tl.where(exists, page, 0).to(tl.int64)
-        slot = (at % PAGE_SIZE).to(tl.int64)
+            if MASKED:
+                page = tl.load(
+                    pages + at // PAGE_SIZE, mask=(at >= any_begin) & (at < any_end), other=-1
+                )
+            else:
+                page = tl.load(pages + at // PAGE_SIZE)
+            exists = (page >= 0) & (page < num_pages)
+            page = tl.where(exists, page, 0).to(tl.int64)
+            slot = (at % PAGE_SIZE).to(tl.int64)
         k_1, k_2 = load_parts(
             k + page * k_page_stride + slot * k_slot_stride,
             exists,

@@ -1,0 +1,160 @@
+"""Few queries and many keys on Triton: the keys are split, and no bit tells from what else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tilewise import flash_attention, gpu, paged_attention, testing
+from tilewise.paged import triton
+from tilewise.testing import Inputs
+
+compiles = pytest.mark.skipif(
+    gpu.INTERPRETED or not gpu._has_triton(), reason="compiling needs Triton, not its interpreter"
+)
+
+QKV = ("q", "k", "v")
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few keys make several splits, and twice as many longer ones."""
+    monkeypatch.setattr(triton, "_MIN_SPLIT", 64)
+    monkeypatch.setattr(triton, "_MAX_SPLITS", 4)
+
+
+def call(
+    on: str, queries: int, keys: int, *, batch: int = 3, dim: int = 16, v_dim: int = 16
+) -> dict[str, Any]:
+    """Four heads over two."""
+    inputs = Inputs(device=on)
+    return {
+        "q": inputs.randn(batch, queries, 4, dim),
+        "k": inputs.randn(batch, keys, 2, dim),
+        "v": inputs.randn(batch, keys, 2, v_dim),
+        "causal": True,
+        "return_lse": True,
+    }
+
+
+def agrees(arguments: dict[str, Any]) -> None:
+    actual = flash_attention(**arguments, backend="triton")
+    naive = flash_attention(**arguments, backend="naive")
+    truth = flash_attention(**testing.to_float64(arguments), backend="naive")
+    for result in zip(actual, naive, truth, strict=True):
+        testing.assert_agrees(*result)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("queries", [1, 3, 32])
+@pytest.mark.parametrize("keys", [65, 300])
+def test_splits_are_merged(on: str, queries: int, keys: int) -> None:
+    agrees(call(on, queries, keys))
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"window": (100, -1)},
+        {"window": (20, 7), "causal": False},
+        {"softcap": 3.0},
+        {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])},
+        {"alibi_slopes": torch.tensor([0.1, 0.2, 0.01, 0.4])},
+        {"alibi_slopes": torch.linspace(0.01, 0.5, 12).reshape(3, 4)},
+        {"scale": 0.7},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_options(on: str, queries: int, options: dict[str, Any]) -> None:
+    agrees(call(on, queries, 200) | testing.map_tensors(options, lambda x: x.to(on)))
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(("dim", "v_dim"), [(24, 24), (80, 16), (16, 40)])
+def test_heads_of_two_blocks(on: str, dim: int, v_dim: int) -> None:
+    agrees(call(on, 2, 130, dim=dim, v_dim=v_dim))
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("queries", [1, 3])
+def test_room_behind_the_keys_may_hold_anything(on: str, queries: int) -> None:
+    """Keys are the front of a cache, whose heads lie apart."""
+    arguments = call(on, queries, 150)
+    expected = flash_attention(**arguments, backend="triton")
+    for name in ("k", "v"):
+        cache = arguments[name].new_full((3, 2, 170, 16), torch.nan)
+        cache[:, :, :150] = arguments[name].transpose(1, 2)
+        arguments[name] = cache.transpose(1, 2)[:, :150]
+    for actual, same in zip(flash_attention(**arguments, backend="triton"), expected, strict=True):
+        assert torch.equal(actual, same)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("queries", [1, 3])
+def test_no_bit_depends_on_the_batch(on: str, queries: int) -> None:
+    arguments = call(on, queries, 300) | {"batch_invariant": True}
+    together = flash_attention(**arguments, backend="triton")
+    for i in range(3):
+        alone = arguments | {name: arguments[name][i : i + 1] for name in QKV}
+        for a, b in zip(together, flash_attention(**alone, backend="triton"), strict=True):
+            assert torch.equal(a[i : i + 1], b)
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_a_paged_cache_gives_the_same_bits(on: str) -> None:
+    arguments = call(on, 1, 300)
+    out, lse = flash_attention(**arguments, backend="triton")
+    pages = torch.arange(3 * 300 // 10, dtype=torch.int32, device=on)
+    paged = paged_attention(
+        arguments["q"][:, 0],
+        *(arguments[name].reshape(-1, 10, 2, 16) for name in ("k", "v")),
+        pages.reshape(3, -1),
+        torch.full((3,), 300, dtype=torch.int32, device=on),
+        return_lse=True,
+        backend="triton",
+    )
+    assert torch.equal(out[:, 0], paged[0])
+    assert torch.equal(lse[:, 0], paged[1])
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_gradients(on: str) -> None:
+    def gradients(arguments: dict[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
+        arguments = arguments | {name: arguments[name].clone() for name in QKV}
+        leaves = [arguments[name].requires_grad_() for name in QKV]
+        out, lse = flash_attention(**arguments, backend=backend)
+        grads: tuple[torch.Tensor, ...] = torch.autograd.grad(out.sum() + lse.sum(), leaves)
+        return grads
+
+    arguments = call(on, 3, 130)
+    actual = gradients(arguments, "triton")
+    naive = gradients(arguments, "naive")
+    truth = gradients(testing.to_float64(arguments), "naive")
+    for name, *result in zip(QKV, actual, naive, truth, strict=True):
+        # As in `attention/cases.py`, of weights that are about 1 / 130.
+        floor = (1.25 if name == "v" else 2.5) / 130
+        testing.assert_agrees(*result, name=name, floor=floor)
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "expected"),
+    [
+        (1, 513, {}, {"paged_attention", "merge_splits"}),
+        (32, 513, {}, {"paged_attention", "merge_splits"}),
+        (33, 513, {}, {"forward"}),  # 66 rows
+        (1, 512, {}, {"forward"}),
+        (1, 513, {"bias": torch.zeros(513)}, {"forward"}),
+    ],
+)
+def test_which_kernels_a_call_takes(
+    queries: int, keys: int, options: dict[str, Any], expected: set[str]
+) -> None:
+    with gpu.compiling_for("sm_90") as kernels:
+        flash_attention(**call("cpu", queries, keys), **options, backend="triton")
+    assert {kernel.kernel for kernel in kernels} == expected
