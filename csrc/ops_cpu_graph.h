@@ -4,13 +4,21 @@
 // inputs there first.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 
 namespace tilewise {
 
+// What a call will read from end to end and once: `parts` equally long pieces, of which each thread
+// takes the same share, in order.
+struct Upcoming {
+  const char* data = nullptr;
+  int64_t bytes = 0, parts = 1;
+};
+
 // Adds a call to the recording of this thread; is_recording() first.
 bool is_recording();
-void record(std::function<void()> call);
+void record(std::function<void()> call, const Upcoming& reads = {});
 
 template <auto OPERATOR>
 struct Recorded;

@@ -1,6 +1,8 @@
 // Bindings of products with quantized weights.
 #include "ops_cpu_quant.h"
 
+#include <tuple>
+
 #include "ops_cpu_graph.h"
 
 namespace tilewise {
@@ -57,6 +59,14 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
   call.rank = adapter_a ? adapter_a->size(1) : 0;
   call.finish = static_cast<Finish>(finish);
   call.out = out.data_ptr();
+  if (is_recording()) {
+    // Tensors are asked for nothing in a replay, only kept.
+    const auto kept = std::make_tuple(x, data, scales, zeros, bias, residual, adapter_a, adapter_b, out);
+    const int64_t bytes = (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes;
+    record([call, kept] { static_cast<void>(kept), quantized_matmul(call); },
+           {reinterpret_cast<const char*>(call.weight.data), bytes,
+            call.finish == Finish::swiglu ? 2 : 1});
+  }
   quantized_matmul(call);
 }
 
@@ -107,7 +117,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
-  m.impl("quantized_matmul", TORCH_BOX(&Recorded<&quantized_matmul_op>::call));
+  m.impl("quantized_matmul", TORCH_BOX(&quantized_matmul_op));
   m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
   m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
   m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));
