@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <tuple>
 
 namespace tilewise {
 
@@ -31,5 +32,16 @@ struct Recorded<OPERATOR> {
     OPERATOR(arguments...);
   }
 };
+
+// Runs a kernel on what describes its call. A recording keeps the tensors that the description points
+// to, and a replay asks them for nothing.
+template <auto KERNEL, class Call, class... Tensors>
+void run_kernel(const Call& call, const Upcoming& reads, const Tensors&... tensors) {
+  if (is_recording()) {
+    record([call, kept = std::make_tuple(tensors...)] { static_cast<void>(kept), KERNEL(call); },
+           reads);
+  }
+  KERNEL(call);
+}
 
 }  // namespace tilewise

@@ -1,8 +1,6 @@
 // Bindings of products with quantized weights.
 #include "ops_cpu_quant.h"
 
-#include <tuple>
-
 #include "ops_cpu_graph.h"
 
 namespace tilewise {
@@ -59,15 +57,11 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
   call.rank = adapter_a ? adapter_a->size(1) : 0;
   call.finish = static_cast<Finish>(finish);
   call.out = out.data_ptr();
-  if (is_recording()) {
-    // Tensors are asked for nothing in a replay, only kept.
-    const auto kept = std::make_tuple(x, data, scales, zeros, bias, residual, adapter_a, adapter_b, out);
-    const int64_t bytes = (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes;
-    record([call, kept] { static_cast<void>(kept), quantized_matmul(call); },
-           {reinterpret_cast<const char*>(call.weight.data), bytes,
-            call.finish == Finish::swiglu ? 2 : 1});
-  }
-  quantized_matmul(call);
+  const Upcoming reads{reinterpret_cast<const char*>(call.weight.data),
+                       (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes,
+                       call.finish == Finish::swiglu ? 2 : 1};
+  run_kernel<&quantized_matmul>(call, reads, x, data, scales, zeros, bias, residual, adapter_a,
+                                adapter_b, out);
 }
 
 void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int64_t depth,

@@ -109,6 +109,13 @@ class Decoder:
         self._slot_mapping = _Input((size,), np.int64, device)
         self._block_table = _Input((size, allocator.num_pages), np.int32, device)
         self._cache_seqlens = _Input((size,), np.int32, device)
+        self._inputs = (
+            self._token_ids,
+            self._positions,
+            self._slot_mapping,
+            self._block_table,
+            self._cache_seqlens,
+        )
         self._batch = PagedBatch(
             cache=cache,
             positions=self._positions.tensor,
@@ -152,13 +159,16 @@ class Decoder:
 
     def _write(self, sequences: Sequence[int], token_ids: Sequence[int]) -> None:
         allocator = self._cache.allocator
-        self._slot_mapping.tensor.copy_(self._cache.append(sequences, [1] * len(sequences)))
-        for row, sequence in enumerate(sequences):
-            pages, length = allocator.pages(sequence), allocator.length(sequence)
-            self._block_table.host[row, : len(pages)] = pages
-            self._cache_seqlens.host[row], self._positions.host[row] = length, length - 1
-            self._token_ids.host[row] = token_ids[row]
-        for inputs in (self._block_table, self._cache_seqlens, self._positions, self._token_ids):
+        self._slot_mapping.host[:] = self._cache.append(sequences, [1] * len(sequences)).cpu()
+        lengths = [allocator.length(sequence) for sequence in sequences]
+        self._cache_seqlens.host[:] = lengths
+        self._positions.host[:] = lengths
+        self._positions.host -= 1
+        self._token_ids.host[:] = token_ids
+        for row, sequence in zip(self._block_table.host, sequences, strict=True):
+            pages = allocator.pages(sequence)
+            row[: len(pages)] = pages
+        for inputs in self._inputs:
             inputs.written()
 
     def _run(self) -> torch.Tensor:
