@@ -17,6 +17,7 @@ from tilewise.model.gpt import GPT
 from tilewise.model.layers import Weight, put
 from tilewise.model.tokenizer import Tokenizer
 from tilewise.quant import from_gguf
+from tilewise.quant.matmul import wants_panels
 
 __all__ = ["Checkpoint", "Stored", "build"]
 
@@ -153,5 +154,9 @@ def _weight(block: Stored, dtype: torch.dtype, device: torch.device | str, where
         weight = from_gguf(block.data.numpy(), block.ggml_type, block.shape)
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from error
-    # Types that have no kernels come dequantized.
-    return weight.to(device, dtype) if isinstance(weight, torch.Tensor) else weight.to(device)
+    if isinstance(weight, torch.Tensor):  # of a type that has no kernels
+        return weight.to(device, dtype)
+    weight = weight.to(device)
+    # The first call would do it, but then with all rows in memory, which would stay in pieces.
+    x = torch.empty(1, block.columns, dtype=dtype, device=device)
+    return weight.to_panels() if wants_panels(x, weight) else weight

@@ -271,10 +271,19 @@ def test_a_mixture_of_experts_stays_quantized(tmp_path):
     assert (experts.gate_up.dequantize() - expected).abs().max() < 0.01
     before = experts.gate_up.dequantize()
     assert len(lm.generate("hello", 4, ignore_eos=True).token_ids) == 4
-    assert experts.gate_up.is_panels == (native.why_not_cpu() is None)
     assert torch.equal(experts.gate_up.dequantize(), before)
     assert lm.gpt.double().blocks[0].ffn.gate_up.format == "Q8_0"
     assert lm.gpt.to("meta").blocks[0].ffn.gate_up.device.type == "meta"
+
+
+@pytest.mark.parametrize("backend", ["auto", "naive"])
+def test_weights_are_loaded_in_the_order_that_their_kernels_read(backend, tmp_path):
+    with tilewise.use_backend(backend):
+        lm = tilewise.model.load(write_llama_gguf(tmp_path / "moe.gguf", experts=4))
+    block = lm.gpt.blocks[0]
+    are_panels = backend == "auto" and native.why_not_cpu() is None
+    for weight in (block.ffn.gate_up, block.attention.out.weight):
+        assert weight.is_panels == are_panels
 
 
 def test_a_folder_brings_tokenizer_template_and_ends(copied):

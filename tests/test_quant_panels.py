@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tilewise
 from tilewise import native, quantized_matmul
 from tilewise.quant import FORMATS, QuantizedTensor, quantize
 from tilewise.quant.cases import gguf_weight
@@ -37,6 +38,13 @@ def test_rows_come_back_bit_for_bit(name, n):
     assert panels.is_panels
     assert is_same(panels.to_rows(), weight)
     assert torch.equal(panels.dequantize(), weight.dequantize())
+
+
+def test_large_weights_are_turned_piece_by_piece(monkeypatch):
+    weight = weight_of("int4", 3, 100, 77)
+    whole = weight.to_panels()
+    monkeypatch.setattr(tilewise.quant.panels, "_BYTES_AT_ONCE", 2 * whole.data[0, 0].numel())
+    assert is_same(weight.to_panels(), whole)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -9,10 +9,13 @@ what is not a whole panel or block is filled up with zeros, and `rows_from_panel
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 PANEL_ROWS = 16
+_BYTES_AT_ONCE = 2**20
 
 Units = tuple[tuple[int, int], ...]
 """A block as (bytes, bytes that stay together), ...: a float16 number is 2, all else words of 4."""
@@ -20,10 +23,25 @@ Units = tuple[tuple[int, int], ...]
 
 def panels_from_rows(rows: torch.Tensor, block_bytes: int, units: Units) -> torch.Tensor:
     """uint8 (..., N, bytes of a row) to (..., panels, blocks, 16 * block_bytes)."""
+    *batch, n, row_bytes = rows.shape
+    shape = (-(-n // PANEL_ROWS), -(-row_bytes // block_bytes), PANEL_ROWS * block_bytes)
+    panels = rows.new_empty(*batch, *shape)
+    # A few panels at a time: the copies in between would else take the weight's memory over again.
+    count = max(1, _BYTES_AT_ONCE // (shape[1] * shape[2]))
+    matrices = math.prod(batch)
+    for matrix, out in zip(
+        rows.reshape(matrices, n, row_bytes), panels.view(matrices, *shape), strict=True
+    ):
+        for start in range(0, shape[0], count):
+            some = matrix[start * PANEL_ROWS : (start + count) * PANEL_ROWS]
+            out[start : start + count] = _panels(some, block_bytes, units)
+    return panels
+
+
+def _panels(rows: torch.Tensor, block_bytes: int, units: Units) -> torch.Tensor:
     rows = F.pad(rows, (0, -rows.shape[-1] % block_bytes, 0, -rows.shape[-2] % PANEL_ROWS))
-    # (..., panels, 16, blocks, block_bytes)
-    blocks = rows.unflatten(-2, (-1, PANEL_ROWS)).unflatten(-1, (-1, block_bytes))
-    blocks = blocks.movedim(-3, -2)
+    # (panels, 16, blocks, block_bytes) -> (panels, blocks, 16, block_bytes)
+    blocks = rows.unflatten(0, (-1, PANEL_ROWS)).unflatten(-1, (-1, block_bytes)).transpose(1, 2)
     parts = []
     for part, (size, unit) in zip(_split(blocks, units), units, strict=True):
         # (..., 16, units, unit) -> (..., units, 16, unit)
