@@ -105,7 +105,8 @@ void attention_op(Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, Optional
   Attention a = describe(q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table,
                          cache_seqlens, out, lse);
   set_options(a, alibi_slopes, sinks, bias, causal, scale, window_left, window_right, softcap);
-  attention_forward(a);
+  run_kernel<&attention_forward>(a, {}, q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k,
+                                 block_table, cache_seqlens, alibi_slopes, sinks, bias, out, lse);
 }
 
 void attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse,
@@ -151,6 +152,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
-  m.impl("attention", TORCH_BOX(&Recorded<&attention_op>::call));
+  m.impl("attention", TORCH_BOX(&attention_op));
   m.impl("attention_backward", TORCH_BOX(&Recorded<&attention_backward_op>::call));
 }

@@ -51,12 +51,14 @@ Norm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 
 void rms_norm_op(Tensor x, Tensor weight, double eps, OptionalTensor residual, Tensor out,
                  OptionalTensor sum) {
-  rms_norm(describe(x, weight, {}, eps, residual, out, sum));
+  const Norm norm = describe(x, weight, {}, eps, residual, out, sum);
+  run_kernel<&rms_norm>(norm, {}, x, weight, residual, out, sum);
 }
 
 void layer_norm_op(Tensor x, Tensor weight, OptionalTensor bias, double eps,
                    OptionalTensor residual, Tensor out, OptionalTensor sum) {
-  layer_norm(describe(x, weight, bias, eps, residual, out, sum));
+  const Norm norm = describe(x, weight, bias, eps, residual, out, sum);
+  run_kernel<&layer_norm>(norm, {}, x, weight, bias, residual, out, sum);
 }
 
 NormBackward describe_backward(const Tensor& grad_out, const OptionalTensor& grad_sum,
@@ -114,7 +116,7 @@ void rotary_embedding_op(Tensor x, Tensor cos, Tensor sin, Tensor positions, boo
   rotary.pairs = cos.size(1);
   rotary.interleaved = interleaved;
   rotary.inverse = inverse;
-  rotary_embedding(rotary);
+  run_kernel<&rotary_embedding>(rotary, {}, x, cos, sin, positions, out);
 }
 
 // --- gated activations ---------------------------------------------------------------------------
@@ -225,11 +227,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
-  m.impl("rms_norm", TORCH_BOX(&Recorded<&rms_norm_op>::call));
-  m.impl("layer_norm", TORCH_BOX(&Recorded<&layer_norm_op>::call));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
+  m.impl("layer_norm", TORCH_BOX(&layer_norm_op));
   m.impl("rms_norm_backward", TORCH_BOX(&Recorded<&rms_norm_backward_op>::call));
   m.impl("layer_norm_backward", TORCH_BOX(&Recorded<&layer_norm_backward_op>::call));
-  m.impl("rotary_embedding", TORCH_BOX(&Recorded<&rotary_embedding_op>::call));
+  m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding_op));
   m.impl("gated_activation", TORCH_BOX(&Recorded<&gated_activation_op>::call));
   m.impl("gated_activation_backward", TORCH_BOX(&Recorded<&gated_activation_backward_op>::call));
   m.impl("sample", TORCH_BOX(&Recorded<&sample_op>::call));

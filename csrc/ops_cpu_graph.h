@@ -4,13 +4,22 @@
 // inputs there first.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <tuple>
 
 namespace tilewise {
 
+// What a call will read from end to end and once: `parts` equally long pieces, of which each thread
+// takes the same share, in order.
+struct Upcoming {
+  const char* data = nullptr;
+  int64_t bytes = 0, parts = 1;
+};
+
 // Adds a call to the recording of this thread; is_recording() first.
 bool is_recording();
-void record(std::function<void()> call);
+void record(std::function<void()> call, const Upcoming& reads = {});
 
 template <auto OPERATOR>
 struct Recorded;
@@ -23,5 +32,16 @@ struct Recorded<OPERATOR> {
     OPERATOR(arguments...);
   }
 };
+
+// Runs a kernel on what describes its call. A recording keeps the tensors that the description points
+// to, and a replay asks them for nothing.
+template <auto KERNEL, class Call, class... Tensors>
+void run_kernel(const Call& call, const Upcoming& reads, const Tensors&... tensors) {
+  if (is_recording()) {
+    record([call, kept = std::make_tuple(tensors...)] { static_cast<void>(kept), KERNEL(call); },
+           reads);
+  }
+  KERNEL(call);
+}
 
 }  // namespace tilewise

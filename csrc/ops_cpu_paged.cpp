@@ -51,7 +51,8 @@ void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slo
     a.positions = pointer<int64_t>(positions);
     a.positions_stride = positions->stride(0);
   }
-  append_kv(a);
+  run_kernel<&append_kv>(a, {}, k, v, k_cache, v_cache, slot_mapping, cos, sin, positions, k_scale,
+                         v_scale);
 }
 
 // out_a and out_b are (rows, dim), lse_a and lse_b (rows,), all contiguous.
@@ -78,6 +79,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
-  m.impl("append_kv", TORCH_BOX(&Recorded<&append_kv_op>::call));
+  m.impl("append_kv", TORCH_BOX(&append_kv_op));
   m.impl("merge_states", TORCH_BOX(&Recorded<&merge_states_op>::call));
 }

@@ -57,7 +57,11 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
   call.rank = adapter_a ? adapter_a->size(1) : 0;
   call.finish = static_cast<Finish>(finish);
   call.out = out.data_ptr();
-  quantized_matmul(call);
+  const Upcoming reads{reinterpret_cast<const char*>(call.weight.data),
+                       (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes,
+                       call.finish == Finish::swiglu ? 2 : 1};
+  run_kernel<&quantized_matmul>(call, reads, x, data, scales, zeros, bias, residual, adapter_a,
+                                adapter_b, out);
 }
 
 void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int64_t depth,
@@ -107,7 +111,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
-  m.impl("quantized_matmul", TORCH_BOX(&Recorded<&quantized_matmul_op>::call));
+  m.impl("quantized_matmul", TORCH_BOX(&quantized_matmul_op));
   m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
   m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
   m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));

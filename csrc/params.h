@@ -16,6 +16,10 @@ inline int64_t element_size(DType dtype) {
 // when all before it have been. The bindings define it; kernels call `parallel` in cpu/parallel.h.
 void run_tasks(int64_t tasks, void (*body)(int64_t, void*), void* context);
 
+// The same for tasks that do not depend on each other, in any order: each thread takes neighbouring
+// ones, and others' when it has done its own.
+void run_shares(int64_t tasks, void (*body)(int64_t, void*), void* context);
+
 // How many threads that may be. Results must not depend on it.
 int64_t thread_count();
 

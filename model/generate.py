@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from tilewise.fused import sample
 from tilewise.model.chat import render_chat
-from tilewise.model.decode import Decoder
+from tilewise.model.decode import Decoder, Sampler
 from tilewise.model.gpt import GPT, PagedBatch
 from tilewise.model.tokenizer import TextStream, Tokenizer
 from tilewise.paged import PagedKVCache
@@ -300,7 +299,9 @@ class _Run:
             dtype=cache_dtype if cache_dtype is not None else model.gpt.dtype,
             device=model.gpt.device,
         )
-        self._decoders: dict[int, Decoder] = {}  # by the number of sequences
+        longest = max((len(s.generation.prompt_ids) for s in self.sequences), default=0)
+        self._longest = longest + max_new_tokens
+        self._decoders: dict[int, tuple[Decoder, Sampler]] = {}  # by the number of sequences
 
     def steps(self) -> Iterator[list[str]]:
         """Run to the end; yields after each run of the model what text it added to each prompt."""
@@ -344,44 +345,51 @@ class _Run:
         """Feed each sequence some tokens, and where its prompt is complete take the next one."""
         sequences, counts = [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
         tokens = [token for _, ids in chunks for token in ids]
+        continued = [s for s, _ in chunks]
         if is_decoding:
-            size = len(chunks)
-            if size not in self._decoders:
-                self._decoders[size] = Decoder(self._gpt, self._cache, size)
-            logits = self._decoders[size].step(sequences, tokens)
+            chosen = self._decode(continued, tokens)
         else:
             batch = PagedBatch.append(self._cache, sequences, counts)
             logits = self._gpt(torch.tensor(tokens, device=self._gpt.device), batch)
-        complete = [
-            row
-            for row, (s, _) in enumerate(chunks)
-            if self._cache.allocator.length(s.cached) >= len(s.generation.prompt_ids)
-        ]
+            lengths = [self._cache.allocator.length(s.cached) for s in continued]
+            complete = [
+                row
+                for row, s in enumerate(continued)
+                if lengths[row] >= len(s.generation.prompt_ids)
+            ]
+            if len(complete) < len(chunks):
+                logits = logits[torch.tensor(complete, device=logits.device, dtype=torch.int64)]
+            continued = [continued[row] for row in complete]
+            chosen = self._choose(logits, continued) if complete else []
         pieces = [""] * len(self.sequences)
-        if not complete:
-            return pieces
-        continued = [chunks[row][0] for row in complete]
-        if len(complete) < len(chunks):
-            logits = logits[torch.tensor(complete, device=logits.device)]
-        for sequence, token in zip(continued, self._choose(logits, continued), strict=True):
+        for sequence, token in zip(continued, chosen, strict=True):
             pieces[sequence.index] = sequence.push(token, self._limit, self._end_ids, self._stop)
             if sequence.generation.finish_reason:
                 self._cache.free(sequence.cached)
         return pieces
 
+    def _decode(self, sequences: list[_Sequence], tokens: list[int]) -> list[int]:
+        """Feed each sequence its last token and take the next one."""
+        size = len(sequences)
+        if size not in self._decoders:
+            sampler = self._sampler(size)
+            self._decoders[size] = Decoder(self._gpt, self._cache, size, sampler), sampler
+        decoder, sampler = self._decoders[size]
+        _read(sampler, sequences)
+        chosen: list[int] = decoder.step([s.cached for s in sequences], tokens).tolist()
+        return chosen
+
     def _choose(self, logits: torch.Tensor, sequences: list[_Sequence]) -> list[int]:
-        """The next token of each sequence."""
-        texts = [s.generation.prompt_ids + s.generation.token_ids for s in sequences]
-        previous = None
-        if self._sampling["repetition_penalty"] != 1:
-            longest = max(map(len, texts))
-            padded = [ids + [-1] * (longest - len(ids)) for ids in texts]
-            previous = torch.tensor(padded, device=logits.device)
-        tokens = sample(
-            logits,
-            previous_tokens=previous,
-            sample_ids=torch.tensor([s.index for s in sequences], device=logits.device),
-            positions=torch.tensor([len(ids) for ids in texts], device=logits.device),
-            **self._sampling,
-        )
-        return tokens.tolist()
+        """The first token of each sequence."""
+        sampler = self._sampler(len(sequences))
+        _read(sampler, sequences)
+        chosen: list[int] = sampler(logits).tolist()
+        return chosen
+
+    def _sampler(self, size: int) -> Sampler:
+        return Sampler(size, self._longest, self._gpt.device, self._sampling)
+
+
+def _read(sampler: Sampler, sequences: list[_Sequence]) -> None:
+    texts = [(s.generation.prompt_ids, s.generation.token_ids) for s in sequences]
+    sampler.read([s.index for s in sequences], texts)

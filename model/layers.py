@@ -71,6 +71,9 @@ class QuantEmbedding(QuantLinear):
 
     def forward(self, token_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """token_ids (...) -> rows (..., dim)."""
+        weight = self.weight
+        if wants_panels(self.data.new_empty(1, self.in_features, dtype=dtype), weight):
+            self._hold(weight.to_panels())  # or the first lookup would make panels of its own
         return quantized_embedding(token_ids, self.weight, dtype)
 
 

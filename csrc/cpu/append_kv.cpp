@@ -9,7 +9,7 @@
 #include <memory>
 
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace tilewise {
 namespace {
@@ -40,6 +40,16 @@ void rotate(const AppendKV& a, int64_t position, float* row) {
   const bool is_inside = position >= 0 && position < a.table_rows;
   const float* cos = a.cos + position * a.cos_stride;
   const float* sin = a.sin + position * a.sin_stride;
+  if (is_inside && !a.interleaved) {
+    const T* stored = nullptr;
+    for_vectors(a.pairs, [&](int64_t i, auto part, int) {
+      const F32 x = part.load(row + i), y = part.load(row + a.pairs + i);
+      const F32 c = part.load(cos + i), s = part.load(sin + i);
+      part.store(row + i, rounded(x * c - y * s, stored));
+      part.store(row + a.pairs + i, rounded(y * c + x * s, stored));
+    });
+    return;
+  }
   const int64_t step = a.interleaved ? 2 : 1, other = a.interleaved ? 1 : a.pairs;
   for (int64_t i = 0; i < a.pairs; ++i) {
     float& x = row[i * step];
@@ -133,7 +143,7 @@ template <class T>
 void append_tokens(const AppendKV& a) {
   const int64_t tokens = rows_per_task(a.kv_heads * (a.k.dim + a.v.dim));
   parallel((a.tokens + tokens - 1) / tokens, [&](int64_t task) {
-    const auto row = std::make_unique<float[]>(std::max(a.k.dim, a.v.dim));
+    const std::unique_ptr<float[]> row(new float[std::max(a.k.dim, a.v.dim)]);
     const int64_t end = std::min(a.tokens, (task + 1) * tokens);
     for (int64_t token = task * tokens; token < end; ++token) {
       const int64_t slot = a.slots[token * a.slots_stride];

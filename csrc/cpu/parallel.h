@@ -9,15 +9,26 @@
 
 namespace tilewise {
 
-template <class F>
-inline void parallel(int64_t tasks, const F& body) {
+template <class F, class Run>
+inline void parallel_by(Run run, int64_t tasks, const F& body) {
   if (tasks == 1) {
     body(0);
   } else if (tasks > 1) {
-    run_tasks(
+    run(
         tasks, [](int64_t i, void* f) { (*static_cast<const F*>(f))(i); },
         const_cast<void*>(static_cast<const void*>(&body)));
   }
+}
+
+template <class F>
+inline void parallel(int64_t tasks, const F& body) {
+  parallel_by(run_tasks, tasks, body);
+}
+
+// For tasks of which no one waits for another: a thread's tasks are neighbours then.
+template <class F>
+inline void parallel_shares(int64_t tasks, const F& body) {
+  parallel_by(run_shares, tasks, body);
 }
 
 // How many rows a task should have so that it is worth handing to another thread: tasks of about

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
-constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows: it streams
+constexpr int64_t TASK_BYTES = 32 << 10;      // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
 
@@ -207,7 +207,7 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   // With few rows a panel at a time, in the order in which memory holds them.
   const bool few = has_few_rows(call, STREAMED_ROWS);
   for_panels(
-      call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
+      call, finish, few ? panels_in(call, TASK_BYTES) : SHARED_PANELS,
       [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
         const int64_t stride = count * PANEL_ROWS, x_rows = rows.end - rows.begin;
         if (few && x_rows <= PASSES * STREAMED<DIGITS>) {

@@ -61,14 +61,9 @@ inline void prefetch(const uint8_t* p, int64_t bytes, int64_t ahead) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + ahead + i, 0, 4 - LEVEL);
 }
 
-// Panels of a task that reads about `bytes` of a weight, so that all threads have equally many tasks.
-inline int64_t equal_shares(const QuantizedMatmul& call, int64_t bytes) {
-  const int64_t panels = panels_of(call.weight.rows), threads = thread_count();
-  const int64_t all = call.segment_count * panels * call.weight.panel_bytes;
-  const int64_t rounds = (all + threads * bytes - 1) / (threads * bytes);
-  const int64_t tasks = std::max<int64_t>(rounds, 1) * threads;
-  const int64_t of_weight = (tasks + call.segment_count - 1) / call.segment_count;
-  return (panels + of_weight - 1) / of_weight;
+// Panels of a task that reads about `bytes` of a weight.
+inline int64_t panels_in(const QuantizedMatmul& call, int64_t bytes) {
+  return std::max<int64_t>(bytes / std::max<int64_t>(call.weight.panel_bytes, 1), 1);
 }
 
 // About `wanted` panels of a task, a multiple of `step`, such that the last round of tasks leaves as
@@ -100,7 +95,7 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
   each = std::max<int64_t>(is_paired ? each / 2 : each, 1);
   const int64_t tasks = (all + each - 1) / each;
 
-  parallel(call.segment_count * tasks, [&](int64_t task) {
+  parallel_shares(call.segment_count * tasks, [&](int64_t task) {
     const Segment& segment = call.segments[task / tasks];
     const int64_t rows = segment.end - segment.begin, begin = task % tasks * each;
     const int64_t before = segment.weight * panels_of(call.weight.rows);

@@ -11,7 +11,7 @@ namespace tilewise {
 namespace {
 
 constexpr int64_t SHARED_PANELS = 8;           // in a pass over x
-constexpr int64_t TASK_BYTES = 128 << 10;      // of the weight where x has few rows
+constexpr int64_t TASK_BYTES = 32 << 10;      // of the weight where x has few rows
 
 // The rows of some panels. Those past the last row are the last one: nobody reads their products.
 template <class T>
@@ -68,7 +68,7 @@ void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const flo
   const QuantizedWeight& w = call.weight;
   const bool few = has_few_rows(call);
   for_panels(
-      call, finish, few ? equal_shares(call, TASK_BYTES) : SHARED_PANELS,
+      call, finish, few ? panels_in(call, TASK_BYTES) : SHARED_PANELS,
       [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
         const auto rows = rows_of<T>(w, segment, panels, count);
         const float* of_segment = x + segment.begin * x_stride;

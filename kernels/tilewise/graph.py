@@ -29,8 +29,9 @@ from tilewise.library import CONTRACTS
 T = TypeVar("T")
 
 _ALLOCATIONS = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach"}
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "full"}
 )
+"""Of these "full" also fills: with a number, which a replay finds there as it was."""
 
 
 class CaptureError(RuntimeError):

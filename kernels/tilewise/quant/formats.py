@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise.quant import blocks
+from tilewise.quant.huge_pages import in_huge_pages
 from tilewise.quant.packing import E2M1, NF4, look_up, trim, unpack_nibbles
 from tilewise.quant.panels import (
     PANEL_ROWS,
@@ -290,9 +291,10 @@ class QuantizedTensor:
         form = FORMATS[self.format]
         data = panels_from_rows(self.data.view(torch.uint8), form.panel_block_bytes, form.units)
         scales_and_zeros = (
-            None if part is None else alternate_groups(part) for part in (self.scales, self.zeros)
+            None if part is None else in_huge_pages(alternate_groups(part))
+            for part in (self.scales, self.zeros)
         )
-        return self._with(data, *scales_and_zeros)
+        return self._with(in_huge_pages(data), *scales_and_zeros)
 
     def to_rows(self) -> QuantizedTensor:
         """The same weight in rows."""

@@ -1,0 +1,56 @@
+"""Weights in huge pages.
+
+A product with one row of x reads all of a weight, once, at the speed of memory, and with pages of
+4 KB a processor spends half of that time on finding out where they are: its table of addresses has
+room for a few MB of them, and under a hypervisor every miss is looked up twice. Linux gives pages
+of 2 MB to who asks for them, but only where a whole one fits: so weights, most of which are
+smaller, lie side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+
+import torch
+
+_SMALLEST = 64 << 10
+"""Bytes below which a tensor stays where it is."""
+
+_REGION = 64 << 20
+"""Bytes of addresses asked for at a time; what is never written to takes no memory."""
+
+_ALIGNMENT = 64
+_lock = threading.Lock()
+_region: mmap.mmap | None = None
+_used = 0
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor in huge pages; the tensor itself where it is small or not on the CPU.
+
+    The memory is freed with the last of the tensors that lie beside each other in it.
+    """
+    if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
+        return tensor
+    if tensor.nbytes < _SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    region, offset = _reserve(tensor.nbytes)
+    place = torch.frombuffer(region, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
+    return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def _reserve(size: int) -> tuple[mmap.mmap, int]:
+    """A region with `size` free bytes from the returned offset on."""
+    global _region, _used
+    with _lock:
+        if _region is None or _used + size > len(_region):
+            # Private: memory that could be shared with other processes has small pages.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            _region, _used = mmap.mmap(-1, max(size, _REGION), flags=flags), 0
+            with contextlib.suppress(OSError):  # a kernel without them
+                _region.madvise(mmap.MADV_HUGEPAGE)
+        offset = _used
+        _used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return _region, offset
