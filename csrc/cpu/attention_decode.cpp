@@ -46,8 +46,8 @@ class Decode {
       : a_(a),
         loops_(loops_of(a)),
         expanded_loops_(expanded_loops(a)),
-        weights_(a, takes_pairs(a)),
-        expanded_size_(takes_pairs(a) ? 2 : 4),
+        weights_(a),
+        arithmetic_(arithmetic_of(a)),
         runs_(a.kv_dtype == DType::i4 ? 2 : 1),
         k_size_(runs_ * round_up(a.dim / runs_, W)),
         v_size_(runs_ * round_up(a.v_dim / runs_, W)),
@@ -110,14 +110,17 @@ class Decode {
   struct Buffers {
     Buffers(int64_t rows, int64_t k_size, int64_t v_size) {
       const int64_t wider = std::max(k_size, v_size);
-      const int64_t row_size = k_size + v_size + SCORE_STRIDE + 2;
+      const int64_t row_size = k_size + 2 * v_size + SCORE_STRIDE + 4;
       memory = make_workspace<float>(rows * row_size + STEP * wider + W);
       queries = memory.get();
       out = queries + rows * k_size;
-      scores = out + rows * v_size;
+      integers = out + rows * v_size;
+      scores = integers + rows * v_size;
       tile = scores + rows * SCORE_STRIDE;
       maxima = tile + STEP * wider;
       sums = maxima + rows;
+      factors = sums + rows;
+      units = factors + rows;
       for (int64_t j = 0; j < 2 * STEP; ++j) {
         k_tile[j] = tile + j % STEP * k_size;
         v_tile[j] = tile + j % STEP * v_size;
@@ -125,6 +128,7 @@ class Decode {
     }
     Workspace<float> memory;
     float *queries, *out, *scores, *tile, *maxima, *sums;
+    float *integers, *factors, *units;  // for products of integers
     const void *k_tile[2 * STEP], *v_tile[2 * STEP];  // as a block's, each row twice
   };
 
@@ -156,10 +160,10 @@ class Decode {
       const char* q = static_cast<const char*>(a_.q.data) +
                       offset(a_, a_.q, rows[r].request->sequence, rows[r].query, rows[r].head) *
                           element_size(a_.dtype);
-      const int64_t run = a_.dim / runs_;
-      for (int64_t half = 0; half < runs_; ++half) {
+      const int64_t runs = arithmetic_ == Arithmetic::floats ? runs_ : 1, run = a_.dim / runs;
+      for (int64_t half = 0; half < runs; ++half) {
         expand(q + half * run * element_size(a_.dtype), run,
-               row_of(b.queries, r, k_size_) + half * (k_size_ / runs_) * expanded_size_);
+               row_of(b.queries, r, k_size_) + half * (k_size_ / runs) * 4);
       }
     }
     // A value that nobody sees may be NaN, and zero times it would spread. That is rare: whoever
@@ -187,7 +191,7 @@ class Decode {
       first = std::min(first, rows[r].span.first);
       end = std::max(end, rows[r].span.end);
     }
-    std::fill(b.out, b.out + all * v_size_, 0.0f);
+    std::fill(b.out, b.out + 2 * all * v_size_, 0.0f);  // and b.integers
     first = std::max(first, split * DECODE_SPLIT);
     end = std::min(end, (split + 1) * DECODE_SPLIT);
     if (first >= end) return true;
@@ -210,6 +214,7 @@ class Decode {
       weigh_block(block, rows, heads, n, b);
       accumulate_block(block, next, rows, heads, n, b, careful);
     }
+    if (arithmetic_ == Arithmetic::integers) return true;  // nothing spreads
     F32 zeros = F32::zero();
     for (int64_t i = 0; i < all * v_size_; i += W) zeros = fma(load(b.out + i), F32::zero(), zeros);
     float sum = reduce_add(zeros);
@@ -238,39 +243,75 @@ class Decode {
   // b.scores = queries . keys. What is fetched ahead is the next tile, and at last the values.
   void score_block(const Block& block, int64_t heads, int64_t n, Buffers& b, bool careful) const {
     const bool expand = expands(n, careful);
-    const RowLoops& loops = expand ? expanded_loops_ : loops_;
-    const int64_t dim = expand ? k_size_ : a_.dim, tile = expand ? STEP : tile_;
+    const int64_t tile = expand ? STEP : tile_;
     for (int64_t j = block.first; j < block.count; j += tile) {
       const int64_t end = std::min(j + tile, block.count);
       for (int64_t h = 0; h < heads; ++h) {
         CacheRows keys{block.k + j, h * k_head_bytes_};
         CacheRows ahead = end < block.count ? CacheRows{block.k + end, keys.offset}
                                             : CacheRows{block.v + block.first, h * v_head_bytes_};
+        if (arithmetic_ == Arithmetic::integers) {
+          for (int64_t i = j; i < end; i += STEP, keys.at += STEP, ahead.at += STEP) {
+            dot_integers(keys, ahead, h * n, n, i, b);
+          }
+          continue;
+        }
         if (expand) {
           for (int64_t i = 0; i < STEP; ++i) {
             loops_.expand(keys.row<char>(i), a_.dim, row_of(b.tile, i, k_size_));
           }
           keys = {b.k_tile, 0};
         }
-        for (int64_t i = 0; i < n; i += ROWS, ahead = keys) {
-          const int64_t r = h * n + i;
-          loops.dot[std::min<int64_t>(n - i, ROWS) - 1](row_of(b.queries, r, k_size_), k_size_ * 4,
-                                                        keys, ahead, end - j, dim,
-                                                        b.scores + r * SCORE_STRIDE + j,
-                                                        SCORE_STRIDE);
-        }
+        dot(expand ? expanded_loops_ : loops_, keys, ahead, end - j, expand ? k_size_ : a_.dim,
+            h * n, n, j, b);
       }
     }
   }
 
-  // b.scores = weights of the values, and b.out is scaled to the new maxima.
+  // Scores [j, j + count) of n rows from `first` on.
+  void dot(const RowLoops& loops, CacheRows keys, CacheRows ahead, int64_t count, int64_t dim,
+           int64_t first, int64_t n, int64_t j, Buffers& b) const {
+    for (int64_t i = 0; i < n; i += ROWS, ahead = keys) {
+      const int64_t r = first + i;
+      loops.dot[std::min<int64_t>(n - i, ROWS) - 1](row_of(b.queries, r, k_size_), k_size_ * 4,
+                                                    keys, ahead, count, dim,
+                                                    b.scores + r * SCORE_STRIDE + j, SCORE_STRIDE);
+    }
+  }
+
+  // The same for STEP keys, in integers.
+  void dot_integers(CacheRows keys, CacheRows ahead, int64_t first, int64_t n, int64_t j,
+                    Buffers& b) const {
+    for (int64_t i = 0; i < n; i += ROWS) {
+      const int64_t r = first + i, count = std::min<int64_t>(n - i, ROWS);
+      const char* queries = row_of(b.queries, r, k_size_);
+      float* scores = b.scores + r * SCORE_STRIDE + j;
+      if (i == 0) {
+        loops_.dot_transposing[count - 1](queries, k_size_ * 4, keys, ahead, a_.dim, b.tile, scores,
+                                          SCORE_STRIDE);
+      } else {
+        loops_.dot_transposed[count - 1](queries, k_size_ * 4, a_.dim, b.tile, scores,
+                                         SCORE_STRIDE);
+      }
+    }
+  }
+
+  // b.scores = weights of the values, and b.out is scaled to the new maxima: now, or where integers
+  // are summed, when their sums are added.
   void weigh_block(const Block& block, const DecodeRow* rows, int64_t heads, int64_t n,
                    Buffers& b) const {
     for (int64_t h = 0; h < heads; ++h) {
       const DecodeWeights::Scales scales = weights_.scales_of(block, h);
       for (int64_t r = h * n; r < (h + 1) * n; ++r) {
-        const float factor = weights_.weigh(block, rows[r], scales, b.scores + r * SCORE_STRIDE,
-                                            b.maxima[r], b.sums[r]);
+        float* scores = b.scores + r * SCORE_STRIDE;
+        const float factor =
+            weights_.weigh(block, rows[r], scales, scores, b.maxima[r], b.sums[r]);
+        if (arithmetic_ == Arithmetic::integers) {
+          b.factors[r] = factor;
+          b.units[r] = loops_.round_weights(scores, static_cast<int>(block.first),
+                                            static_cast<int>(round_up(block.count, STEP)));
+          continue;
+        }
         if (factor == 1.0f) continue;
         float* out = b.out + r * v_size_;
         for (int64_t i = 0; i < v_size_; i += W) store(out + i, load(out + i) * F32::all(factor));
@@ -281,7 +322,9 @@ class Decode {
   // b.out += weights . values
   void accumulate_block(const Block& block, const Block& next, const DecodeRow* rows,
                         int64_t heads, int64_t n, Buffers& b, bool careful) const {
-    const bool expand = expands(n, careful);
+    const bool is_integer = arithmetic_ == Arithmetic::integers;
+    const bool expand = !is_integer && expands(n, careful);
+    float* sums = is_integer ? b.integers : b.out;  // or int32
     const RowLoops& loops = expand ? expanded_loops_ : loops_;
     const int64_t dim = expand ? v_size_ : a_.v_dim, tile = expand ? STEP : tile_;
     for (int64_t j = block.first; j < block.count; j += tile) {
@@ -302,9 +345,13 @@ class Decode {
           const int64_t r = h * n + i;
           loops.accumulate[std::min<int64_t>(n - i, ROWS) - 1](
               weights_.at(b.scores + r * SCORE_STRIDE, j), SCORE_STRIDE * 4, values, ahead, end - j,
-              dim, b.out + r * v_size_, v_size_);
+              dim, sums + r * v_size_, v_size_);
         }
       }
+    }
+    for (int64_t r = 0; r < heads * n && is_integer; ++r) {
+      loops_.add_sums(b.out + r * v_size_, reinterpret_cast<int32_t*>(b.integers + r * v_size_),
+                      v_size_, b.factors[r], b.units[r]);
     }
   }
 
@@ -380,7 +427,7 @@ class Decode {
   const Attention& a_;
   const RowLoops loops_, expanded_loops_;
   const DecodeWeights weights_;
-  const int64_t expanded_size_;    // of an element
+  const Arithmetic arithmetic_;
   const int64_t runs_;             // of a row: two in an int4 cache
   const int64_t k_size_, v_size_;  // of a row, padded
   const int64_t k_bytes_, v_bytes_;  // of a row in the cache

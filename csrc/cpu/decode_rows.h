@@ -1,4 +1,6 @@
-// The inner loops of decode attention: a few query rows against key and value rows as they lie.
+// The inner loops of decode attention: a few query rows against key and value rows as they lie. How
+// numbers are multiplied is a parameter: in float32 (`Floats`), or two at a time where the processor
+// can (decode_pairs.h, decode_integers.h).
 //
 // A key or value row is loaded and converted once for up to ROWS query rows. Every (query row, key)
 // product is summed in one vector over ascending elements, and every (query row, element) of the
@@ -11,7 +13,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/simd.h"
+#include "cpu/simd_pairs.h"
 
 namespace tilewise {
 
@@ -83,16 +85,41 @@ __attribute__((always_inline)) inline void fetch(const T* near, const T* far, in
 
 constexpr int NEAR_VALUES = 4;  // rows
 
+// What the loops are made of: elements in float32, one at a time.
+struct Floats {
+  using Element = float;  // of queries and weights
+  using Vector = F32;
+  using Sum = F32;
+  using SumElement = float;
+  static constexpr int WIDTH = F32::WIDTH;
+  static constexpr int KEYS = 1;  // that a product with values takes
+  // Vectors of values at a time, for r query rows: as many sums as hide the latency of an addition
+  // and still leave registers for the values.
+  static constexpr int depth(int r) { return r == 1 ? 8 : r == 2 || WIDTH == 16 ? 4 : 2; }
+
+  template <class T>
+  static Vector read(const T* p, int tail) {
+    return tail ? load_partial(p, tail) : load(p);
+  }
+  static Vector query(const float* p) { return load(p); }
+  static Vector weight(const float* p) { return F32::all(*p); }
+  // D vectors of the value that `rows` begin with.
+  template <class T, int D>
+  static void read_values(CacheRows rows, int64_t d, int tail, Vector* out) {
+    for (int c = 0; c < D; ++c) out[c] = read(rows.row<T>(0) + d + c * WIDTH, tail);
+  }
+};
+
 // scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
 // F32::WIDTH behind `count`, and fetches as many rows `ahead`; pointers to F32::WIDTH more keys exist.
 // Query rows are `query_bytes` apart.
-template <class KV, int R, bool FETCHES = true>
-void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
-              int64_t count, int64_t dim, float* scores, int64_t score_stride) {
+template <class P, class KV, int R, bool FETCHES = true>
+void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+                  int64_t count, int64_t dim, float* scores, int64_t score_stride) {
   // Keys at a time: one vector of sums for each query row and key, and all of them reduced at once.
   constexpr int J = F32::WIDTH / (R == 3 ? 4 : R);
   constexpr int W = F32::WIDTH;
-  const int64_t query_stride = query_bytes / 4;
+  const int64_t query_stride = query_bytes / sizeof(typename P::Element);
   for (int64_t j = 0; j < count; j += J) {
     F32 sums[W];
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
@@ -104,24 +131,25 @@ void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRow
         near[c] = FETCHES ? keys.row<T>(j + J + c) : nullptr;
         far[c] = FETCHES ? ahead.row<T>(j + c) : nullptr;
       }
-      const float* q = static_cast<const float*>(queries) + begin;
+      const auto* q = static_cast<const typename P::Element*>(queries) + begin;
       int64_t d = 0;
-      for (; d + W <= n; d += W) {
-        F32 k[J];
+      for (; d + P::WIDTH <= n; d += P::WIDTH) {
+        typename P::Vector k[J];
         for (int c = 0; c < J; ++c) {
-          k[c] = load(key[c] + d);
+          k[c] = P::read(key[c] + d, 0);
           if (FETCHES) fetch(near[c], far[c], d);
         }
         for (int r = 0; r < R; ++r) {
-          const F32 x = held(load(q + r * query_stride + d));
+          const auto x = held(P::query(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
         }
       }
-      if (d < n) {
+      if constexpr (P::KEYS == 1) {
+        if (d == n) return;
         for (int c = 0; c < J; ++c) {
-          const F32 k = load_partial(key[c] + d, static_cast<int>(n - d));
+          const auto k = P::read(key[c] + d, static_cast<int>(n - d));
           for (int r = 0; r < R; ++r) {
-            sums[r * J + c] = fma(load(q + r * query_stride + d), k, sums[r * J + c]);
+            sums[r * J + c] = fma(P::query(q + r * query_stride + d), k, sums[r * J + c]);
           }
         }
       }
@@ -133,53 +161,63 @@ void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRow
 }
 
 // out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...].
-template <class T, int R, int D>
-inline void accumulate_vectors(const float* weights, int64_t weight_stride, CacheRows values,
-                               CacheRows ahead, int64_t count, int64_t d, int tail, float* out,
-                               int64_t out_stride) {
-  constexpr int W = F32::WIDTH;
-  F32 sums[R * D];
+template <class P, class T, int R, int D>
+inline void accumulate_vectors(const typename P::Element* weights, int64_t weight_stride,
+                               CacheRows values, CacheRows ahead, int64_t count, int64_t d,
+                               int tail, typename P::SumElement* out, int64_t out_stride) {
+  constexpr int W = F32::WIDTH, N = D * P::KEYS;
+  typename P::Sum sums[R * N];
 #pragma GCC unroll 16
-  for (int i = 0; i < R * D; ++i) sums[i] = load(out + i / D * out_stride + i % D * W);
-  for (int64_t j = 0; j < count; ++j) {
-    const T* value = values.row<T>(j) + d;
-    const T *near = values.row<T>(j + NEAR_VALUES), *far = ahead.row<T>(j);
-    F32 v[D];
-    for (int c = 0; c < D; ++c) {
-      v[c] = tail ? load_partial(value, tail) : load(value + c * W);
-      fetch(near, far, d + c * W);
+  for (int i = 0; i < R * N; ++i) sums[i] = load(out + i / N * out_stride + i % N * W);
+  for (int64_t j = 0; j < count; j += P::KEYS) {
+    typename P::Vector v[N];
+    P::template read_values<T, D>({values.at + j, values.offset}, d, tail, v);
+    for (int64_t i = j; i < j + P::KEYS; ++i) {
+      const T *near = values.row<T>(i + NEAR_VALUES), *far = ahead.row<T>(i);
+      for (int c = 0; c < D; ++c) fetch(near, far, d + c * P::WIDTH);
     }
     for (int r = 0; r < R; ++r) {
-      const F32 weight = F32::all(weights[r * weight_stride + j]);
-      for (int c = 0; c < D; ++c) sums[r * D + c] = fma(weight, v[c], sums[r * D + c]);
+      const auto weight = P::weight(weights + r * weight_stride + j);
+      for (int c = 0; c < N; ++c) sums[r * N + c] = fma(weight, v[c], sums[r * N + c]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R * D; ++i) store(out + i / D * out_stride + i % D * W, sums[i]);
+  for (int i = 0; i < R * N; ++i) store(out + i / N * out_stride + i % N * W, sums[i]);
 }
 
-// out[r] += sum over j < count of weights[r][j] * values[j]; pointers to NEAR_VALUES more exist. Rows
-// of weights are `weight_bytes` apart.
-template <class KV, int R>
-void accumulate_rows(const void* weights, int64_t weight_bytes, CacheRows values, CacheRows ahead,
-                     int64_t count, int64_t dim, float* out, int64_t out_stride) {
-  // As many sums as hide the latency of an addition and still leave registers for the values.
-  constexpr int W = F32::WIDTH;
-  constexpr int D = R == 1 ? 8 : R == 2 ? 4 : W == 8 ? 2 : 4;
-  const auto* w = static_cast<const float*>(weights);
+// out[r] += sum over j < count of weights[r][j] * values[j]; rows of weights are `weight_bytes` apart,
+// and `out` holds P::Sum. Where products take two keys and `count` is odd, one value more is read,
+// whose weight is zero. Pointers to NEAR_VALUES + 1 more exist.
+template <class P, class KV, int R>
+void accumulate_products(const void* weights, int64_t weight_bytes, CacheRows values,
+                         CacheRows ahead, int64_t count, int64_t dim, void* out,
+                         int64_t out_stride) {
+  constexpr int D = P::depth(R);
+  using Element = typename P::Element;
+  const auto* w = static_cast<const Element*>(weights);
+  const int64_t weight_stride = weight_bytes / sizeof(Element);
   for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
     using T = decltype(tag);
+    auto* sums = static_cast<typename P::SumElement*>(out) + begin;
     int64_t d = 0;
-    for (; d + D * W <= n; d += D * W) {
-      accumulate_vectors<T, R, D>(w, weight_bytes / 4, values, ahead, count, d, 0, out + begin + d,
-                                  out_stride);
+    for (; d + D * P::WIDTH <= n; d += D * P::WIDTH) {
+      accumulate_vectors<P, T, R, D>(w, weight_stride, values, ahead, count, d, 0, sums + d,
+                                     out_stride);
     }
-    for (; d < n; d += W) {
-      const int tail = d + W <= n ? 0 : static_cast<int>(n - d);
-      accumulate_vectors<T, R, 1>(w, weight_bytes / 4, values, ahead, count, d, tail,
-                                  out + begin + d, out_stride);
+    for (; d < n; d += P::WIDTH) {
+      const int tail = d + P::WIDTH <= n ? 0 : static_cast<int>(n - d);
+      accumulate_vectors<P, T, R, 1>(w, weight_stride, values, ahead, count, d, tail, sums + d,
+                                     out_stride);
     }
   });
+}
+
+// Without a cache around them, as the quantized products use them.
+template <class KV, int R, bool FETCHES>
+inline void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+                     int64_t count, int64_t dim, float* scores, int64_t score_stride) {
+  dot_products<Floats, KV, R, FETCHES>(queries, query_bytes, keys, ahead, count, dim, scores,
+                                       score_stride);
 }
 
 inline void collect_rows(const float* sums, int64_t dim, float* out) {

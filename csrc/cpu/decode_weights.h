@@ -6,6 +6,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/decode_block.h"
+#include "cpu/decode_loops.h"
 #include "cpu/decode_plan.h"
 #include "cpu/simd.h"
 
@@ -25,8 +26,8 @@ class DecodeWeights {
     alignas(64) float k[BLOCK] = {}, v[BLOCK] = {};
   };
 
-  explicit DecodeWeights(const Attention& a, bool are_bfloat16)
-      : a_(a), are_bfloat16_(are_bfloat16), element_size_(are_bfloat16 ? 2 : 4) {}
+  explicit DecodeWeights(const Attention& a)
+      : a_(a), arithmetic_(arithmetic_of(a)), element_size_(arithmetic_ == Arithmetic::floats ? 4 : 2) {}
 
   // Weights take the place of scores, and need not be as wide.
   const void* at(const float* scores, int64_t j) const {
@@ -34,7 +35,7 @@ class DecodeWeights {
   }
 
   void set(float* scores, int64_t j, float weight) const {
-    if (are_bfloat16_) {
+    if (arithmetic_ == Arithmetic::pairs) {
       from_float(weight, reinterpret_cast<BFloat16*>(scores) + j);
     } else {
       scores[j] = weight;
@@ -60,7 +61,8 @@ class DecodeWeights {
   }
 
   // From products to weights exp(score - maximum), in place, bringing the row's maximum and sum up to
-  // date. Returns what the row's output so far is to be multiplied by.
+  // date. Returns what the row's output so far is to be multiplied by. For products of integers the
+  // weights are still float32, but none is NaN because of a value that is not seen.
   float weigh(const Block& block, const DecodeRow& row, const Scales& scales, float* scores,
               float& row_maximum, float& row_sum) const {
     constexpr int W = F32::WIDTH;
@@ -110,9 +112,13 @@ class DecodeWeights {
     const F32 shift = F32::all(new_maximum == -INFINITY ? 0.0f : new_maximum);
     F32 sum = F32::zero();
     for (int j = begin; j < end; j += W) {
-      F32 weight = exp2_below_one((load(scores + j) - shift) * F32::all(LOG2E));
+      const F32 score = load(scores + j);
+      F32 weight = exp2_below_one((score - shift) * F32::all(LOG2E));
       sum = sum + weight;
       if (a_.v.scale) weight = weight * load(scales.v + j);
+      if (arithmetic_ == Arithmetic::integers) {
+        weight = select_equal(score, F32::all(-INFINITY), F32::zero(), weight);
+      }
       store_weights(scores, j, weight);
     }
     float factor = 1.0f;
@@ -142,7 +148,7 @@ class DecodeWeights {
 
   // Never reaches a score that has not been read: a weight is no wider.
   void store_weights(float* scores, int64_t j, F32 weights) const {
-    if (are_bfloat16_) {
+    if (arithmetic_ == Arithmetic::pairs) {
       store_flushed(reinterpret_cast<BFloat16*>(scores) + j, weights);
     } else {
       store(scores + j, weights);
@@ -156,7 +162,7 @@ class DecodeWeights {
   }
 
   const Attention& a_;
-  const bool are_bfloat16_;
+  const Arithmetic arithmetic_;
   const int64_t element_size_;
 };
 

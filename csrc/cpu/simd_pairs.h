@@ -1,11 +1,12 @@
-// Pairs of bfloat16: products of two at a time, added to a float32 sum (AVX512_BF16).
+// Products of two numbers at a time: of bfloat16, added to a float32 sum (AVX512_BF16), and of 16-bit
+// integers, added to a 32-bit one (AVX512_VNNI).
 //
-// Every 8-bit and 4-bit storage type is exact in bfloat16, so a product of such a pair with bfloat16
-// queries is exact too, before it is added; and it needs half the instructions of float32. What is
-// subnormal in bfloat16 counts as zero.
+// Float8 is exact in bfloat16, so a product of such a pair with bfloat16 queries is exact too, before
+// it is added; and it needs half the instructions of float32. What is subnormal in bfloat16 counts as
+// zero.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd_int.h"
 
 #if defined(__AVX512BF16__)
 
@@ -36,11 +37,7 @@ inline void store(BFloat16* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 
 inline Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
 
-inline Pairs load_pairs(const int8_t* p) {
-  return {(__m512i)_mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v)};
-}
-
-inline __m512i load_words(const uint8_t* p) {
+inline __m512i widen_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
@@ -64,7 +61,7 @@ constexpr Float8Table float8_table() {
 
 inline Pairs load_pairs(const Float8* p) {
   static constexpr Float8Table TABLE = float8_table();
-  const __m512i words = load_words(&p->bits);
+  const __m512i words = widen_bytes(&p->bits);
   const auto table = [](int i) { return _mm512_load_si512(TABLE.bits + 32 * i); };
   const __m512i small = _mm512_permutex2var_epi16(table(0), words, table(1));
   const __m512i large = _mm512_permutex2var_epi16(table(2), words, table(3));
@@ -74,17 +71,72 @@ inline Pairs load_pairs(const Float8* p) {
   return {_mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(words, 8), magnitude, 0xea)};
 }
 
+// Pairs of 16-bit integers, whose products are added to 32-bit sums.
+struct Words {
+  static constexpr int WIDTH = 32;
+  __m512i v;
+};
+
+inline I32 fma(Words a, Words b, I32 c) { return _mm512_dpwssd_epi32(c.v, a.v, b.v); }
+
+inline void interleave(Words a, Words b, Words& low, Words& high) {
+  low.v = _mm512_unpacklo_epi16(a.v, b.v);
+  high.v = _mm512_unpackhi_epi16(a.v, b.v);
+}
+
+inline Words load_words(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
 template <int HIGH>
-inline Pairs load_pairs(const Nibble<HIGH>* p) {
-  // -8 to 7. An index has five bits, of which the fifth is another code's: hence twice.
-  alignas(64) static constexpr uint16_t TABLE[32] = {
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  const __m512i words = load_words(&p->bits);
-  const __m512i codes = HIGH ? _mm512_srli_epi16(words, 4) : words;
-  return {_mm512_permutexvar_epi16(codes, _mm512_load_si512(TABLE))};
+inline Words load_words(const Nibble<HIGH>* p) {
+  const __m512i words = widen_bytes(&p->bits);
+  const __m512i codes =
+      HIGH ? _mm512_srli_epi16(words, 4) : _mm512_and_si512(words, _mm512_set1_epi16(15));
+  return {_mm512_sub_epi16(codes, _mm512_set1_epi16(8))};
+}
+
+inline I32 load(const int32_t* p) { return load_int(p); }
+inline void store(int32_t* p, I32 x) { store_int(p, x); }
+inline void store_low_bytes(void* p, I32 x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
+}
+// In 16 bits; all must be in range.
+inline void store_words(int16_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
+}
+inline int32_t reduce_add(I32 x) { return _mm512_reduce_add_epi32(x.v); }
+
+// sum + the products of four unsigned codes in each lane with the four signed digits at p.
+inline I32 dot_group(I32 sum, I32 codes, const int32_t* p) {
+#if defined(TILEWISE_EMULATED)
+  return dot_bytes(sum, codes, I32::all(*p));
+#else
+  // GCC 12 would load the digits first, and copy the sum.
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(codes.v), "m"(*p));
+  return sum;
+#endif
+}
+
+// 16 bytes of each, behind each other.
+inline I32 load_quarters(const void* a, const void* b, const void* c, const void* d) {
+  const auto quarter = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  __m512i x = _mm512_castsi128_si512(quarter(a));
+  x = _mm512_inserti32x4(x, quarter(b), 1);
+  x = _mm512_inserti32x4(x, quarter(c), 2);
+  return _mm512_inserti32x4(x, quarter(d), 3);
+}
+
+// Element i of each quarter of rows[j] becomes element j of that quarter of rows[i].
+inline void transpose_quarters(I32 (&rows)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(rows[0].v, rows[1].v);
+  const __m512i b = _mm512_unpackhi_epi32(rows[0].v, rows[1].v);
+  const __m512i c = _mm512_unpacklo_epi32(rows[2].v, rows[3].v);
+  const __m512i d = _mm512_unpackhi_epi32(rows[2].v, rows[3].v);
+  rows[0] = _mm512_unpacklo_epi64(a, c);
+  rows[1] = _mm512_unpackhi_epi64(a, c);
+  rows[2] = _mm512_unpacklo_epi64(b, d);
+  rows[3] = _mm512_unpackhi_epi64(b, d);
 }
 
 }  // namespace tilewise

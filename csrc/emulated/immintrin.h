@@ -238,6 +238,7 @@ TILEWISE_SI_BINARY(and_epi32, and_si256)
 TILEWISE_SI_BINARY(or_epi32, or_si256)
 TILEWISE_SI_BINARY(add_epi8, add_epi8)
 TILEWISE_SI_BINARY(sub_epi8, sub_epi8)
+TILEWISE_SI_BINARY(sub_epi16, sub_epi16)
 TILEWISE_SI_BINARY(add_epi32, add_epi32)
 TILEWISE_SI_BINARY(sub_epi32, sub_epi32)
 TILEWISE_SI_BINARY(mullo_epi32, mullo_epi32)
@@ -271,6 +272,18 @@ inline __m512i ternarylogic(__m512i a, __m512i b, __m512i c) {
 #undef _mm512_ternarylogic_epi64
 #define _mm512_ternarylogic_epi32(a, b, c, table) ::tilewise::ternarylogic<table>(a, b, c)
 #define _mm512_ternarylogic_epi64(a, b, c, table) ::tilewise::ternarylogic<table>(a, b, c)
+
+inline __m512i _mm512_castsi128_si512(__m128i a) {
+  return {_mm256_zextsi128_si256(a), _mm256_setzero_si256()};
+}
+inline __m512i inserti32x4(__m512i a, __m128i b, int place) {
+  const __m256i both = _mm256_broadcastsi128_si256(b);
+  __m256i& half = place & 2 ? a.high : a.low;
+  half = place & 1 ? _mm256_blend_epi32(half, both, 0xf0) : _mm256_blend_epi32(half, both, 0x0f);
+  return a;
+}
+#undef _mm512_inserti32x4
+#define _mm512_inserti32x4(a, b, place) ::tilewise::inserti32x4(a, b, place)
 
 inline __m512i _mm512_slli_epi16(__m512i a, unsigned n) {
   return {_mm256_slli_epi16(a.low, n), _mm256_slli_epi16(a.high, n)};
