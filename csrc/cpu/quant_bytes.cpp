@@ -19,7 +19,7 @@ namespace {
 
 constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
-constexpr int64_t TASK_BYTES = 32 << 10;      // of the weight where x has few rows: it streams
+constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
 

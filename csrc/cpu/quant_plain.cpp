@@ -11,7 +11,7 @@ namespace tilewise {
 namespace {
 
 constexpr int64_t SHARED_PANELS = 8;           // in a pass over x
-constexpr int64_t TASK_BYTES = 32 << 10;      // of the weight where x has few rows
+constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight where x has few rows
 
 // The rows of some panels. Those past the last row are the last one: nobody reads their products.
 template <class T>
