@@ -276,6 +276,11 @@ inline __m512i ternarylogic(__m512i a, __m512i b, __m512i c) {
 inline __m512i _mm512_castsi128_si512(__m128i a) {
   return {_mm256_zextsi128_si256(a), _mm256_setzero_si256()};
 }
+inline int32_t _mm512_reduce_add_epi32(__m512i a) {
+  int32_t sum = 0;
+  for (const int32_t x : emulated::lanes<int32_t>(a).at) sum += x;
+  return sum;
+}
 inline __m512i inserti32x4(__m512i a, __m128i b, int place) {
   const __m256i both = _mm256_broadcastsi128_si256(b);
   __m256i& half = place & 2 ? a.high : a.low;
