@@ -136,9 +136,8 @@ def test_gradients(on: str) -> None:
     naive = gradients(arguments, "naive")
     truth = gradients(testing.to_float64(arguments), "naive")
     for name, *result in zip(QKV, actual, naive, truth, strict=True):
-        # As in `attention/cases.py`, of weights that are about 1 / 130.
-        floor = (1.25 if name == "v" else 2.5) / 130
-        testing.assert_agrees(*result, name=name, floor=floor)
+        # As in `attention/cases.py`; the error is the same where no key is split.
+        testing.assert_agrees(*result, name=name, floor=1.25 if name == "v" else 2.5)
 
 
 @compiles
