@@ -168,6 +168,7 @@ class Decoder:
         for row, sequence in zip(self._block_table.host, sequences, strict=True):
             pages = allocator.pages(sequence)
             row[: len(pages)] = pages
+            row[len(pages) :] = -1  # as `PagedKVCache.block_table` fills it up
         for inputs in self._inputs:
             inputs.written()
 

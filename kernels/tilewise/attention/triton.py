@@ -118,34 +118,13 @@ def _flash_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from tilewise.paged import triton as paged
 
-    bias = options[2]
-    if bias is None and paged.few_rows(q, k):
-        return _decode(q, k, v, *options)
-    return _attend(q, k, v, None, None, *options)
-
-
-def _decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    bias: None,
-    causal: bool,
-    scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    batch_invariant: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Few queries and many keys, which are split among programs as those of a paged cache are."""
-    from tilewise.paged import triton as paged
-
+    alibi_slopes, sinks, bias, *mask, batch_invariant = options
+    if bias is not None or not paged.few_rows(q, k):
+        return _attend(q, k, v, None, None, *options)
+    # The keys are split among programs as those of a paged cache are.
     q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
-    options = (causal, scale, window_left, window_right, softcap, alibi_slopes, sinks, None)
-    out, lse = paged.attend(
-        q.flatten(0, 1), k, v, None, None, None, None, None, *options, batch_invariant
-    )
+    options = (*mask, alibi_slopes, sinks, None, batch_invariant)
+    out, lse = paged.attend(q.flatten(0, 1), k, v, None, None, None, None, None, *options)
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 
 

@@ -294,7 +294,7 @@ class QuantizedTensor:
             None if part is None else in_huge_pages(alternate_groups(part))
             for part in (self.scales, self.zeros)
         )
-        return self._with(in_huge_pages(data), *scales_and_zeros)
+        return self._with(data, *scales_and_zeros)
 
     def to_rows(self) -> QuantizedTensor:
         """The same weight in rows."""

@@ -10,8 +10,10 @@ smaller, lie side by side.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -27,18 +29,30 @@ _region: mmap.mmap | None = None
 _used = 0
 
 
-def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the tensor in huge pages; the tensor itself where it is small or not on the CPU.
+def new_empty(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`like.new_empty(shape)`, in huge pages where that is large and on the CPU.
 
     The memory is freed with the last of the tensors that lie beside each other in it.
     """
+    nbytes = math.prod(shape) * like.element_size()
+    if not _is_worth_it(like, nbytes):
+        return like.new_empty(shape)
+    region, offset = _reserve(nbytes)
+    place = torch.frombuffer(region, dtype=torch.uint8, count=nbytes, offset=offset)
+    return place.view(like.dtype).view(shape)
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor in huge pages; the tensor itself where it is small or not on the CPU."""
+    if not _is_worth_it(tensor, tensor.nbytes):
+        return tensor
+    return new_empty(tensor, tensor.shape).copy_(tensor)
+
+
+def _is_worth_it(tensor: torch.Tensor, nbytes: int) -> bool:
     if type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
-        return tensor
-    if tensor.nbytes < _SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return tensor
-    region, offset = _reserve(tensor.nbytes)
-    place = torch.frombuffer(region, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
-    return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return False
+    return nbytes >= _SMALLEST and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def _reserve(size: int) -> tuple[mmap.mmap, int]:

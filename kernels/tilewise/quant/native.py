@@ -21,6 +21,7 @@ from tilewise.quant.operators import (
     QUANTIZED_EMBEDDING,
     QUANTIZED_MATMUL,
     QUANTIZED_MATMUL_BACKWARD,
+    fields,
 )
 
 _FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
@@ -52,7 +53,7 @@ def quantized_matmul(
         y = _Product.apply(x, weight, act)
         return naive.finish(y, x, bias, activation, residual, adapter).to(x.dtype)
     options = (bias, activation, residual, a, b, act, "cpu")
-    out: torch.Tensor = QUANTIZED_MATMUL(x, *_parts(weight), *options)
+    out: torch.Tensor = QUANTIZED_MATMUL(x, *fields(weight), *options)
     return out
 
 
@@ -65,20 +66,14 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
         options = (None, None, None, None, None, act, "cpu")
-        y: torch.Tensor = QUANTIZED_MATMUL(x.float(), *_parts(weight), *options)
+        y: torch.Tensor = QUANTIZED_MATMUL(x.float(), *fields(weight), *options)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        grad_x = QUANTIZED_MATMUL_BACKWARD(grad, *_parts(ctx.weight), "cpu")
+        grad_x = QUANTIZED_MATMUL_BACKWARD(grad, *fields(ctx.weight), "cpu")
         return grad_x.to(ctx.dtype), None, None
-
-
-def _parts(weight: QuantizedTensor) -> tuple[Any, ...]:
-    """A weight as the operators of Python take it."""
-    parts = (weight.data, weight.scales, weight.zeros)
-    return (weight.format, weight.shape, weight.group_size, *parts)
 
 
 @QUANTIZED_MATMUL.kernel("cpu")
@@ -126,7 +121,7 @@ def quantized_embedding(
     token_ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """The naive function of this name, by the C++ kernel."""
-    rows: torch.Tensor = QUANTIZED_EMBEDDING(token_ids, *_parts(weight), dtype, "cpu")
+    rows: torch.Tensor = QUANTIZED_EMBEDDING(token_ids, *fields(weight), dtype, "cpu")
     return rows
 
 

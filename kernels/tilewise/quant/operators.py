@@ -12,6 +12,12 @@ from tilewise.quant import naive
 from tilewise.quant.formats import QuantizedTensor
 
 
+def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
+    """A weight as the operators take it."""
+    parts = (weight.data, weight.scales, weight.zeros)
+    return (weight.format, weight.shape, weight.group_size, *parts)
+
+
 def _fake(
     x: torch.Tensor,
     format: str,

@@ -14,6 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from tilewise.quant import huge_pages
+
 PANEL_ROWS = 16
 _BYTES_AT_ONCE = 2**20
 
@@ -25,7 +27,7 @@ def panels_from_rows(rows: torch.Tensor, block_bytes: int, units: Units) -> torc
     """uint8 (..., N, bytes of a row) to (..., panels, blocks, 16 * block_bytes)."""
     *batch, n, row_bytes = rows.shape
     shape = (-(-n // PANEL_ROWS), -(-row_bytes // block_bytes), PANEL_ROWS * block_bytes)
-    panels = rows.new_empty(*batch, *shape)
+    panels = huge_pages.new_empty(rows, (*batch, *shape))
     # A few panels at a time: the copies in between would else take the weight's memory over again.
     count = max(1, _BYTES_AT_ONCE // (shape[1] * shape[2]))
     matrices = math.prod(batch)

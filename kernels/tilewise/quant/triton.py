@@ -26,10 +26,11 @@ from tilewise.quant.operators import (
     QUANTIZED_MATMUL,
     QUANTIZED_MATMUL_BACKWARD,
     QUANTIZED_PRODUCT,
+    fields,
 )
 from tilewise.quant.triton_configs import Tile
 from tilewise.quant.triton_finish import NOTHING, After, finish
-from tilewise.quant.triton_weights import dequantize, fields, format_of, parts_of
+from tilewise.quant.triton_weights import dequantize, format_of, parts_of
 
 
 def why_not(

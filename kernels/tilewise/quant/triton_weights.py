@@ -9,7 +9,7 @@ import torch
 
 from tilewise import gpu
 from tilewise.quant.formats import QuantizedTensor
-from tilewise.quant.operators import QUANTIZED_EMBEDDING
+from tilewise.quant.operators import QUANTIZED_EMBEDDING, fields
 from tilewise.quant.packing import NF4
 
 
@@ -46,12 +46,6 @@ def format_of(weight: QuantizedTensor | torch.Tensor) -> dict[str, Any]:
     if isinstance(weight, torch.Tensor):
         return {"FORMAT": "plain", "GROUP": 1}
     return {"FORMAT": weight.format, "GROUP": weight.group_size}
-
-
-def fields(weight: QuantizedTensor) -> tuple[Any, ...]:
-    """A weight as the operators take it."""
-    parts = (weight.data, weight.scales, weight.zeros)
-    return (weight.format, weight.shape, weight.group_size, *parts)
 
 
 def dequantize(weight: QuantizedTensor, indices: torch.Tensor | None, out: torch.Tensor) -> None:
