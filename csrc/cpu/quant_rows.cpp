@@ -43,15 +43,15 @@ void dequantize(const QuantizedWeight& w, int64_t begin, int64_t end, float* out
 
 template <class F, class T>
 void embed_rows(const QuantizedWeight& w, const int64_t* ids, int64_t count, T* out) {
-  parallel_rows(count, w.depth * PANEL_ROWS, [&](int64_t i) {
-    float wide[PANEL_ROWS * COLUMNS];
-    const int64_t strips = strips_of(w.depth);
-    for (int64_t s = 0; s < strips; s += TASK_STRIPS) {
-      widen_rows<F>(w, ids[i] / PANEL_ROWS, s, std::min(strips - s, TASK_STRIPS), wide);
-      const float* row = wide + ids[i] % PANEL_ROWS * COLUMNS;
-      T* to = out + i * w.depth + s * STRIP;
-      for_vectors(std::min(w.depth - s * STRIP, COLUMNS), [&](int64_t k, auto part, int) {
-        part.store(to + k, part.load(row + k));
+  parallel_rows(count, w.depth, [&](int64_t i) {
+    const int64_t panel = ids[i] / PANEL_ROWS;
+    const int row = static_cast<int>(ids[i] % PANEL_ROWS);
+    T* to = out + i * w.depth;
+    for (int64_t k = 0; k < w.depth; k += STRIP) {
+      alignas(64) float strip[STRIP];
+      strip_row<F>(w, panel, k / STRIP, row, strip);
+      for_vectors(std::min<int64_t>(w.depth - k, STRIP), [&](int64_t j, auto part, int) {
+        part.store(to + k + j, part.load(strip + j));
       });
     }
   });

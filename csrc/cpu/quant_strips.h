@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/quant.h"
 #include "cpu/simd_int.h"
@@ -334,29 +335,65 @@ inline void decode_strip(const QuantizedWeight& w, int64_t panel, int64_t strip,
   for (int lane = 0; lane < PANEL_ROWS; lane += F32::WIDTH) F::decode(w, panel, strip, lane, s);
 }
 
-// The weights k = 4 * quad + i of the rows from `lane`.
+// Whether codes are bytes with a sign.
 template <class F>
-inline F32 strip_values(const Strip& s, int quad, int i, int lane) {
-  const int g = F::GROUPS == 2 ? quad / 4 : 0;
-  const I32 words = s.codes[quad][lane / F32::WIDTH];
+constexpr bool IS_SIGNED = F::IS_INTEGER && F::BITS == 8 && BYTE_OFFSET == 0;
+
+// The weights that have these codes, one in each lane.
+template <class F>
+inline F32 weights_of(I32 codes, F32 zero, F32 scale, F32 shift) {
   F32 w;
   if constexpr (!F::IS_INTEGER) {
-    w = F::value(strips::byte_of(words, i));
+    w = F::value(codes);
   } else if constexpr (F32::WIDTH == 16) {
     // One instruction puts a byte into the last bits of 2^23: a float, of which one exact difference
     // leaves what is wanted.
-    w = bits_as_f32(strips::byte_of(words, i) | I32::all(0x4b000000));
-    F32 zero = F32::all(0x1p23f);
-    if constexpr (F::HAS_ZERO) zero = zero + s.zero[g][lane / F32::WIDTH];
-    w = w - zero;
+    F32 none = F32::all(0x1p23f);
+    if constexpr (F::HAS_ZERO) none = none + zero;
+    w = bits_as_f32(codes | I32::all(0x4b000000)) - none;
   } else {
-    w = F::BITS == 8 ? to_f32(shift_signed(words << (24 - 8 * i), 24))
-                     : to_f32(strips::byte_of(words, i));
-    if constexpr (F::HAS_ZERO) w = w - s.zero[g][lane / F32::WIDTH];
+    w = to_f32(codes);
+    if constexpr (F::HAS_ZERO) w = w - zero;
   }
-  w = w * s.scale[g][lane / F32::WIDTH];
-  if constexpr (F::HAS_SHIFT) w = w + s.shift[g][lane / F32::WIDTH];
+  w = w * scale;
+  if constexpr (F::HAS_SHIFT) w = w + shift;
   return w;
+}
+
+// The weights k = 4 * quad + i of the rows from `lane`.
+template <class F>
+inline F32 strip_values(const Strip& s, int quad, int i, int lane) {
+  const int g = F::GROUPS == 2 ? quad / 4 : 0, v = lane / F32::WIDTH;
+  const I32 words = s.codes[quad][v];
+  const I32 codes = IS_SIGNED<F> ? shift_signed(words << (24 - 8 * i), 24) : strips::byte_of(words, i);
+  return weights_of<F>(codes, s.zero[g][v], s.scale[g][v], s.shift[g][v]);
+}
+
+// The weights of one row alone, of a panel's strip. Of other rows only codes are decoded.
+template <class F>
+inline void strip_row(const QuantizedWeight& w, int64_t panel, int64_t strip, int row, float* out) {
+  constexpr int W = F32::WIDTH;
+  Strip s;
+  F::decode(w, panel, strip, row / W * W, s);
+  const int v = row / W;
+  const auto of_row = [&](const auto& lanes, auto* to) {
+    std::memcpy(to, reinterpret_cast<const char*>(&lanes) + row % W * 4, 4);
+  };
+  const auto everywhere = [&](F32 lanes) {
+    float x;
+    of_row(lanes, &x);
+    return F32::all(x);
+  };
+  alignas(64) uint8_t codes[STRIP];
+  for (int q = 0; q < QUADS; ++q) of_row(s.codes[q][v], codes + 4 * q);
+  for (int k = 0; k < STRIP; k += W) {
+    const int g = F::GROUPS == 2 ? k / (STRIP / 2) : 0;
+    const I32 wide = IS_SIGNED<F> ? widen_i8(codes + k) : widen_u8(codes + k);
+    F32 zero, shift;
+    if constexpr (F::HAS_ZERO) zero = everywhere(s.zero[g][v]);
+    if constexpr (F::HAS_SHIFT) shift = everywhere(s.shift[g][v]);
+    store(out + k, weights_of<F>(wide, zero, everywhere(s.scale[g][v]), shift));
+  }
 }
 
 // A strip of 16 rows to `out`, row by row.
