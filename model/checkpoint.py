@@ -6,6 +6,7 @@ and v; gate and up). A table from our names to theirs is all that differs; one l
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -130,7 +131,7 @@ def _fetch(checkpoint: Checkpoint, keys: list[str], dtype: torch.dtype) -> Store
 
 
 def _join(blocks: list[Stored], shape: tuple[int, ...], where: str) -> list[Stored]:
-    """`blocks` as one where they are of one format, checked to make up a tensor of `shape`."""
+    """`blocks`, neighbours of one format as one, checked to make up a tensor of `shape`."""
     rows = max(len(shape) - 2, 0)
     got = list(blocks[0].shape)
     if len({len(block.shape) for block in blocks}) == 1 and len(got) == len(shape):
@@ -141,10 +142,12 @@ def _join(blocks: list[Stored], shape: tuple[int, ...], where: str) -> list[Stor
             f"{where} and its like must make up {shape}, got "
             + " and ".join(str(block.shape) for block in blocks)
         )
-    if len(blocks) == 1 or len({block.ggml_type for block in blocks}) > 1:
-        return blocks
-    data = torch.cat([block.data for block in blocks], dim=rows)
-    return [Stored(data, shape[-1], blocks[0].ggml_type)]
+    joined = []
+    for ggml_type, alike in itertools.groupby(blocks, lambda block: block.ggml_type):
+        data = [block.data for block in alike]
+        whole = data[0] if len(data) == 1 else torch.cat(data, dim=rows)
+        joined.append(Stored(whole, shape[-1], ggml_type))
+    return joined
 
 
 def _weight(block: Stored, dtype: torch.dtype, device: torch.device | str, where: str) -> Weight:

@@ -24,7 +24,15 @@ from torch import nn
 from tilewise.attention import flash_attention
 from tilewise.fused import RotaryTables, rotary_embedding, rotary_tables, swiglu
 from tilewise.model.config import GPTConfig
-from tilewise.model.layers import Experts, HeadNorm, Norm, QuantEmbedding, TiedHead, linear
+from tilewise.model.layers import (
+    Experts,
+    HeadNorm,
+    Norm,
+    QuantEmbedding,
+    TiedHead,
+    linear,
+    project_parts,
+)
 from tilewise.paged import PagedKVCache, append_kv, paged_attention
 from tilewise.quant import QuantLinear
 
@@ -106,7 +114,9 @@ class Attention(nn.Module):
         rotary: RotaryTables | None,
         paged: PagedBatch | None,
     ) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=-2)
+        sizes = [heads * self.head_dim for heads in self.heads]
+        parts = project_parts(self.qkv, x, sizes)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q = rotary_embedding(q, rotary, positions)
@@ -146,7 +156,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gated = config.ffn == "swiglu"
+        self.gated, self.ffn_dim = config.ffn == "swiglu", config.ffn_dim
         if self.gated:
             self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.bias)
         else:
@@ -157,7 +167,7 @@ class FeedForward(nn.Module):
         if self.gated and isinstance(self.gate_up, QuantLinear):
             return self.down(self.gate_up.project(x, activation="swiglu"))
         if self.gated:
-            return self.down(swiglu(*self.gate_up(x).chunk(2, dim=-1)))
+            return self.down(swiglu(*project_parts(self.gate_up, x, [self.ffn_dim] * 2)))
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 

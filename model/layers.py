@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "TiedHead",
     "Weight",
     "linear",
+    "project_parts",
     "put",
     "set_act",
 ]
@@ -93,11 +94,31 @@ class RowBlocks(nn.ModuleList):
     """One projection stored as several blocks of rows.
 
     A file may keep more bits for some rows of a fused projection (v) than for others (q and k);
-    where all are of one format they are one matrix instead.
+    neighbours of one format are one block.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([block(x) for block in self], dim=-1)
+
+def project_parts(
+    projection: nn.Module, x: torch.Tensor, sizes: Sequence[int]
+) -> list[torch.Tensor]:
+    """A fused projection of x (..., dim) in its parts, (..., sizes[i]).
+
+    What is in one block of rows is a view of that block's product, and nothing is copied.
+    """
+    if not isinstance(projection, RowBlocks):
+        return list(projection(x).split(sizes, dim=-1))
+    products = [block(x) for block in projection]
+    parts = []
+    for size in sizes:
+        part: list[torch.Tensor] = []
+        while size > 0:
+            product = products.pop(0)
+            part.append(product[..., :size])
+            if product.shape[-1] > size:
+                products.insert(0, product[..., size:])
+            size -= part[-1].shape[-1]
+        parts.append(part[0] if len(part) == 1 else torch.cat(part, dim=-1))
+    return parts
 
 
 class Experts(nn.Module):

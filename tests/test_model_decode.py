@@ -18,10 +18,11 @@ needs_cpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def gpt(tmp_path_factory):
+@pytest.fixture(scope="module", params=["Q4_1", "Q8_0"])
+def gpt(tmp_path_factory, request):
+    """The values' projection in the type of the queries and keys, and in one of its own."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_llama_gguf(path, v_type=gguf.GGMLQuantizationType.Q4_1)
+    write_llama_gguf(path, v_type=gguf.GGMLQuantizationType[request.param])
     return load(path).gpt
 
 
