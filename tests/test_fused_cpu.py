@@ -133,3 +133,21 @@ def test_a_dispatch_mode_sees_the_operator():
     with _Seen() as seen:
         tilewise.swiglu(x, x, backend="cpu")
     assert seen.names[0] == "tilewise.gated_activation.default"
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_as_pytorch_rounds(dtype):
+    """Of every number: subnormals stay what they are, and every NaN becomes the same one."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    other = x.flip(0).roll(77, dims=1)
+    weight = torch.ones(1024, dtype=dtype)
+    _, total = tilewise.rms_norm(x, weight, residual=other, backend="cpu")
+    expected = (x.float() + other.float()).to(dtype)
+    assert torch.equal(total.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(total[number].view(torch.int16), expected[number].view(torch.int16))
+    if dtype == torch.bfloat16:
+        assert total[~number].view(torch.int16).unique().tolist() == [0x7FC0]

@@ -174,14 +174,19 @@ inline F32 load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline void store_bf16(uint16_t* p, F32 x) {
-  // Not vcvtneps2bf16: it flushes subnormals to zero, which AVX2 and PyTorch keep.
-  const __m512i bits = _mm512_castps_si512(x.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i top = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  top = _mm512_mask_mov_epi32(top, nan, _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
+  // vcvtneps2bf16 flushes subnormals to zero, which AVX2 and PyTorch keep, and keeps a NaN's bits.
+  constexpr int NAN_OR_SUBNORMAL = 0x01 | 0x80 | 0x20;
+  __m256i top = (__m256i)_mm512_cvtneps_pbh(x.v);
+  if (__builtin_expect(_mm512_fpclass_ps_mask(x.v, NAN_OR_SUBNORMAL), 0)) {
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    top = _mm512_cvtepi32_epi16(
+        _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), top);
 }
 inline void store_bf16_flushed(uint16_t* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x.v));

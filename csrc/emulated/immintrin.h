@@ -209,6 +209,23 @@ inline __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask(a, b, predicate) ::tilewise::cmp_ps_mask<predicate>(a, b)
 
+// Of the classes of numbers quiet and signaling NaNs and subnormals.
+template <int CLASSES>
+inline __mmask16 fpclass_ps_mask(__m512 a) {
+  static_assert((CLASSES & ~(0x01 | 0x80 | 0x20)) == 0, "a class that is not emulated");
+  const auto x = emulated::lanes<uint32_t>(a);
+  unsigned mask = 0;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t magnitude = x.at[i] & 0x7fffffffu;
+    const int nan = magnitude >= 0x7fc00000u ? 0x01 : magnitude > 0x7f800000u ? 0x80 : 0;
+    const int subnormal = magnitude != 0 && magnitude < 0x00800000u ? 0x20 : 0;
+    if (CLASSES & (nan | subnormal)) mask |= 1u << i;
+  }
+  return static_cast<__mmask16>(mask);
+}
+#undef _mm512_fpclass_ps_mask
+#define _mm512_fpclass_ps_mask(a, classes) ::tilewise::fpclass_ps_mask<classes>(a)
+
 // --- integers -------------------------------------------------------------------------------------
 
 inline __m512i _mm512_setzero_si512() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
