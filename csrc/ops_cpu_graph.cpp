@@ -218,7 +218,20 @@ void forget_recording(int64_t number) {
   recordings.erase(number);
 }
 
-void replay(int64_t number) {
+// All calls once; `again` if they will be run again at once.
+void run_calls(const Recording& calls, Team& team, bool again) {
+  const auto next_weight = [end = calls.end()](Recording::const_iterator from) {
+    return std::find_if(from, end, [](const Call& call) { return call.reads.bytes != 0; });
+  };
+  for (auto call = calls.begin(); call != calls.end(); ++call) {
+    auto next = next_weight(call + 1);
+    if (next == calls.end() && again) next = next_weight(calls.begin());
+    team.expect(next == calls.end() ? nullptr : &next->reads, !call->reads.bytes);
+    call->run();
+  }
+}
+
+void replay(int64_t number, int64_t times) {
   STD_TORCH_CHECK(!recording && !led_team, "a replay can be neither recorded nor part of another");
   const auto calls = find_recording(number);
   Team team(thread_count());
@@ -228,11 +241,7 @@ void replay(int64_t number) {
     if (begin != 0) return team.help(begin);
     led_team = &team;
     try {
-      for (const Call *call = calls->data(), *end = call + calls->size(); call != end; ++call) {
-        const Call* next = std::find_if(call + 1, end, [](const Call& c) { return c.reads.bytes; });
-        team.expect(next == end ? nullptr : &next->reads, !call->reads.bytes);
-        call->run();
-      }
+      for (int64_t i = 0; i < times; ++i) run_calls(*calls, team, i + 1 < times);
     } catch (...) {
       error = std::current_exception();
     }
@@ -256,7 +265,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def("begin_recording() -> ()");
   m.def("end_recording(bool is_wanted) -> int");
   m.def("forget_recording(int number) -> ()");
-  m.def("replay(int number) -> ()");
+  m.def("replay(int number, int times) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -1,6 +1,7 @@
-// Bindings of what goes with attention over a paged cache: writing to it, and merging results.
+// Bindings of what goes with attention over a paged cache: writing to it, merging results, and going on.
 #include "cpu/append_kv.h"
 #include "cpu/attention.h"
+#include "cpu/next_step.h"
 #include "ops_cpu.h"
 #include "ops_cpu_graph.h"
 
@@ -64,6 +65,33 @@ void merge_states_op(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Ten
                 static_cast<float*>(lse.data_ptr())});
 }
 
+// All contiguous.
+void next_step_op(Tensor chosen, Tensor token_ids, Tensor positions, Tensor cache_seqlens,
+                  Tensor slot_mapping, Tensor block_table, int64_t page_size, Tensor text_lengths,
+                  OptionalTensor previous_tokens, Tensor history, Tensor steps) {
+  const auto integers = [](const Tensor& t) { return static_cast<int64_t*>(t.data_ptr()); };
+  NextStep next{};
+  next.size = chosen.size(0);
+  next.chosen = integers(chosen);
+  next.token_ids = integers(token_ids);
+  next.positions = integers(positions);
+  next.cache_seqlens = static_cast<int32_t*>(cache_seqlens.data_ptr());
+  next.slot_mapping = integers(slot_mapping);
+  next.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  next.max_pages = block_table.size(1);
+  next.page_size = page_size;
+  next.text_lengths = integers(text_lengths);
+  if (previous_tokens) {
+    next.previous_tokens = integers(*previous_tokens);
+    next.longest = previous_tokens->size(1);
+  }
+  next.history = integers(history);
+  next.history_steps = history.size(0);
+  next.steps = integers(steps);
+  run_kernel<&next_step>(next, {}, chosen, token_ids, positions, cache_seqlens, slot_mapping,
+                         block_table, text_lengths, previous_tokens, history, steps);
+}
+
 }  // namespace
 }  // namespace tilewise
 
@@ -75,10 +103,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def(
       "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
+  m.def(
+      "next_step(Tensor chosen, Tensor(a!) token_ids, Tensor(b!) positions, "
+      "Tensor(c!) cache_seqlens, Tensor(d!) slot_mapping, Tensor block_table, int page_size, "
+      "Tensor(e!) text_lengths, Tensor(f!)? previous_tokens, Tensor(g!) history, "
+      "Tensor(h!) steps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
   m.impl("append_kv", TORCH_BOX(&append_kv_op));
+  m.impl("next_step", TORCH_BOX(&next_step_op));
   m.impl("merge_states", TORCH_BOX(&Recorded<&merge_states_op>::call));
 }

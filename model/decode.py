@@ -5,25 +5,30 @@ tensors that stay; the first step runs the model on them, the second records it 
 all others replay the recording. Where the model runs something that cannot be recorded, every step
 runs the model.
 
-Choosing the next token is part of a step: after a replay, whose weights have taken the place of all
-else in the caches, each call from Python takes several times as long as usual.
+Choosing the next token is part of a step, and so is feeding it to the next one: after a replay,
+whose weights have taken the place of all else in the caches, whatever Python does takes several
+times as long as usual, so it is asked once for several steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from tilewise import native
 from tilewise.dispatch import requests
 from tilewise.fused import sample
 from tilewise.graph import CaptureError, CpuGraph
 from tilewise.model.gpt import GPT, PagedBatch
 from tilewise.paged import PagedKVCache
 
-__all__ = ["Decoder", "Sampler"]
+__all__ = ["MOST_STEPS", "Decoder", "Sampler"]
+
+MOST_STEPS = 8
+"""How many steps `Decoder.steps` takes at most: they cost Python as much as one."""
 
 
 class _Input:
@@ -55,7 +60,7 @@ class Sampler:
     ) -> None:
         self._options = options
         self._sample_ids = _Input((size,), np.int64, device)
-        self._positions = _Input((size,), np.int64, device)
+        self._lengths = _Input((size,), np.int64, device)
         self._previous: _Input | None = None
         if options["repetition_penalty"] != 1:
             self._previous = _Input((size, longest), np.int64, device)
@@ -64,8 +69,8 @@ class Sampler:
         """Take in the texts, each in pieces, and the numbers of their random streams."""
         self._sample_ids.host[:] = sample_ids
         self._sample_ids.written()
-        self._positions.host[:] = [sum(map(len, text)) for text in texts]
-        self._positions.written()
+        self._lengths.host[:] = [sum(map(len, text)) for text in texts]
+        self._lengths.written()
         if self._previous is not None:
             self._previous.host.fill(-1)
             for row, text in zip(self._previous.host, texts, strict=True):
@@ -77,11 +82,21 @@ class Sampler:
         """The next token of each text, (size,) int64."""
         return sample(
             logits,
-            previous_tokens=None if self._previous is None else self._previous.tensor,
+            previous_tokens=self.previous_tokens,
             sample_ids=self._sample_ids.tensor,
-            positions=self._positions.tensor,
+            positions=self.lengths,
             **self._options,
         )
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """How many tokens each text has, (size,) int64; a token's place in its random stream."""
+        return self._lengths.tensor
+
+    @property
+    def previous_tokens(self) -> torch.Tensor | None:
+        """The tokens of each text, (size, longest) int64, filled up with -1; None if not needed."""
+        return None if self._previous is None else self._previous.tensor
 
 
 class Decoder:
@@ -91,17 +106,13 @@ class Decoder:
         gpt: the model.
         cache: holds the sequences, which have at least one token each.
         size: how many sequences there are in a step.
-        choose: makes the result of a step of the logits, such as a `Sampler`.
+        sampler: chooses the next tokens, which are a step's result then; without one it is logits.
     """
 
     def __init__(
-        self,
-        gpt: GPT,
-        cache: PagedKVCache,
-        size: int,
-        choose: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+        self, gpt: GPT, cache: PagedKVCache, size: int, sampler: Sampler | None = None
     ) -> None:
-        self._gpt, self._cache, self._choose = gpt, cache, choose
+        self._gpt, self._cache, self._sampler = gpt, cache, sampler
         allocator = cache.allocator
         device = cache.device
         self._token_ids = _Input((size,), np.int64, device)
@@ -109,12 +120,14 @@ class Decoder:
         self._slot_mapping = _Input((size,), np.int64, device)
         self._block_table = _Input((size, allocator.num_pages), np.int32, device)
         self._cache_seqlens = _Input((size,), np.int32, device)
+        self._taken = _Input((1,), np.int64, device)  # steps of a call that are in the history
         self._inputs = (
             self._token_ids,
             self._positions,
             self._slot_mapping,
             self._block_table,
             self._cache_seqlens,
+            self._taken,
         )
         self._batch = PagedBatch(
             cache=cache,
@@ -127,7 +140,8 @@ class Decoder:
             # For all steps to come, so that the tables of positions are made once.
             length=min(allocator.num_pages * allocator.page_size, gpt.config.max_positions),
         )
-        self._steps = 0
+        self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=device)
+        self._calls = 0
         self._graph: CpuGraph | None = None
         self._requests: Mapping[str, str] = {}
         self._result = torch.empty(0)
@@ -142,29 +156,58 @@ class Decoder:
             token_ids: one for each.
 
         Returns:
-            Logits (size, vocab_size), or what `choose` makes of them; the next step may overwrite
-            it.
+            Logits (size, vocab_size), or the tokens that the sampler chose, (size,); the next step
+            may overwrite it.
 
         Raises:
             OutOfPages: if the cache is full.
         """
-        self._write(sequences, token_ids)
-        self._steps += 1
-        if self._graph is None and self._steps > 1:  # the first one lays out weights, makes tables
-            self._graph = self._record()
-        if self._graph is not None and self._requests == requests():
-            self._graph.replay()
+        self._write(sequences, token_ids, 1)
+        self._calls += 1
+        if (graph := self._recorded()) is not None:
+            graph.replay()
+            return self._result
+        is_first = (
+            self._calls == 1
+        )  # lays out weights and makes tables, which is not to be repeated
+        if self._graph is None and not is_first and self._record():
             return self._result
         return self._run()
 
-    def _write(self, sequences: Sequence[int], token_ids: Sequence[int]) -> None:
+    @torch.no_grad()
+    def steps(self, sequences: Sequence[int], token_ids: Sequence[int], count: int) -> torch.Tensor:
+        """A number of steps, each of which is fed what the one before chose; needs a sampler.
+
+        Args:
+            sequences, token_ids: as in `step`.
+            count: how many steps at most, from 1 to `MOST_STEPS`. It is one where nothing is
+                recorded.
+
+        Returns:
+            Tokens, (steps taken, size); the next call may overwrite it. All but the last are in
+            the cache then.
+
+        Raises:
+            OutOfPages: if the cache has no room for `count` more tokens of each.
+        """
+        graph = self._recorded()
+        if graph is None:
+            return self.step(sequences, token_ids)[None]
+        self._write(sequences, token_ids, count)
+        graph.replay(count)
+        return self._history[:count]
+
+    def _write(self, sequences: Sequence[int], token_ids: Sequence[int], count: int) -> None:
+        """What the first of `count` steps reads, and the pages of all."""
         allocator = self._cache.allocator
-        self._slot_mapping.host[:] = self._cache.append(sequences, [1] * len(sequences)).cpu()
-        lengths = [allocator.length(sequence) for sequence in sequences]
+        slots = self._cache.append(sequences, [count] * len(sequences)).cpu()
+        self._slot_mapping.host[:] = slots[::count]
+        lengths = [allocator.length(sequence) - count + 1 for sequence in sequences]
         self._cache_seqlens.host[:] = lengths
         self._positions.host[:] = lengths
         self._positions.host -= 1
         self._token_ids.host[:] = token_ids
+        self._taken.host[:] = 0
         for row, sequence in zip(self._block_table.host, sequences, strict=True):
             pages = allocator.pages(sequence)
             row[: len(pages)] = pages
@@ -173,16 +216,39 @@ class Decoder:
             inputs.written()
 
     def _run(self) -> torch.Tensor:
-        return self._choose(self._gpt(self._token_ids.tensor, self._batch))
+        logits = self._gpt(self._token_ids.tensor, self._batch)
+        return logits if self._sampler is None else self._sampler(logits)
 
-    def _record(self) -> CpuGraph | None:
-        """The step as a recording; computing it once for that does no harm."""
+    def _run_and_go_on(self) -> torch.Tensor:
+        """A step that also writes what the next one reads."""
+        result, sampler = self._run(), self._sampler
+        if sampler is not None:
+            native.cpu_ops().next_step(
+                result,
+                self._token_ids.tensor,
+                self._positions.tensor,
+                self._cache_seqlens.tensor,
+                self._slot_mapping.tensor,
+                self._block_table.tensor,
+                self._cache.allocator.page_size,
+                sampler.lengths,
+                sampler.previous_tokens,
+                self._history,
+                self._taken.tensor,
+            )
+        return result
+
+    def _record(self) -> bool:
+        """Run the step and record it, if it can be recorded."""
         if self.why_not_recorded is None:
             try:
-                graph, self._result = CpuGraph.capture(self._run)
+                self._graph, self._result = CpuGraph.capture(self._run_and_go_on)
             except CaptureError as error:
                 self.why_not_recorded = str(error)
             else:
                 self._requests = requests()
-                return graph
-        return None
+        return self._graph is not None
+
+    def _recorded(self) -> CpuGraph | None:
+        """The recording, if calls would choose the same backends now."""
+        return self._graph if self._requests == requests() else None

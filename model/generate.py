@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 
 from tilewise.model.chat import render_chat
-from tilewise.model.decode import Decoder, Sampler
+from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
 from tilewise.model.gpt import GPT, PagedBatch
 from tilewise.model.tokenizer import TextStream, Tokenizer
 from tilewise.paged import PagedKVCache
@@ -24,6 +24,9 @@ __all__ = ["Generation", "LanguageModel", "Stream", "Timings"]
 Prompt = str | Sequence[int]
 
 _PAGE_SIZE = 16
+
+_LONGEST_WAIT = 0.05
+"""Seconds that text may be held up for several tokens to be computed at once."""
 
 
 @dataclass
@@ -203,6 +206,10 @@ class _Sequence:
         self._text = text
         self._held = ""
 
+    @property
+    def is_finished(self) -> bool:
+        return self.generation.finish_reason != ""
+
     def push(self, token: int, limit: int, end_ids: Sequence[int], stop: Sequence[str]) -> str:
         """Take the next token; returns the text that can be shown now."""
         generation = self.generation
@@ -307,19 +314,24 @@ class _Run:
         """Run to the end; yields after each run of the model what text it added to each prompt."""
         timings = self._timings
         for chunks in self._prefill_chunks():
-            pieces = self._step(chunks)
+            pieces = self._prefill(chunks)
             timings.prompt_tokens += sum(len(ids) for _, ids in chunks)
             timings.prompt_seconds = time.perf_counter() - self._started
             if not timings.first_token_seconds and self.sequences[0].generation.token_ids:
                 timings.first_token_seconds = timings.prompt_seconds
             yield pieces
-        while running := [s for s in self.sequences if not s.generation.finish_reason]:
+        while running := [s for s in self.sequences if not s.is_finished]:
             started = time.perf_counter()
-            chunks = [(s, s.generation.token_ids[-1:]) for s in running]
-            pieces = self._step(chunks, is_decoding=True)
+            pieces = [""] * len(self.sequences)
+            steps = self._decode(running)
+            for chosen in steps:
+                going_on = [
+                    (s, t) for s, t in zip(running, chosen, strict=True) if not s.is_finished
+                ]
+                self._push(going_on, pieces)
+                timings.decode_tokens += len(going_on)
             timings.decode_seconds += time.perf_counter() - started
-            timings.decode_tokens += len(running)
-            timings.decode_steps += 1
+            timings.decode_steps += len(steps)
             yield pieces
 
     def _prefill_chunks(self) -> Iterator[list[tuple[_Sequence, list[int]]]]:
@@ -339,44 +351,49 @@ class _Run:
             yield chunks
 
     @torch.no_grad()
-    def _step(
-        self, chunks: list[tuple[_Sequence, list[int]]], is_decoding: bool = False
-    ) -> list[str]:
-        """Feed each sequence some tokens, and where its prompt is complete take the next one."""
+    def _prefill(self, chunks: list[tuple[_Sequence, list[int]]]) -> list[str]:
+        """Feed sequences parts of their prompts; where one is complete, take the first token."""
         sequences, counts = [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
         tokens = [token for _, ids in chunks for token in ids]
-        continued = [s for s, _ in chunks]
-        if is_decoding:
-            chosen = self._decode(continued, tokens)
-        else:
-            batch = PagedBatch.append(self._cache, sequences, counts)
-            logits = self._gpt(torch.tensor(tokens, device=self._gpt.device), batch)
-            lengths = [self._cache.allocator.length(s.cached) for s in continued]
-            complete = [
-                row
-                for row, s in enumerate(continued)
-                if lengths[row] >= len(s.generation.prompt_ids)
-            ]
-            if len(complete) < len(chunks):
-                logits = logits[torch.tensor(complete, device=logits.device, dtype=torch.int64)]
-            continued = [continued[row] for row in complete]
-            chosen = self._choose(logits, continued) if complete else []
+        batch = PagedBatch.append(self._cache, sequences, counts)
+        logits = self._gpt(torch.tensor(tokens, device=self._gpt.device), batch)
+        complete = [
+            row
+            for row, (s, _) in enumerate(chunks)
+            if self._cache.allocator.length(s.cached) >= len(s.generation.prompt_ids)
+        ]
+        if len(complete) < len(chunks):
+            logits = logits[torch.tensor(complete, device=logits.device, dtype=torch.int64)]
+        started = [chunks[row][0] for row in complete]
+        chosen = self._choose(logits, started) if complete else []
         pieces = [""] * len(self.sequences)
-        for sequence, token in zip(continued, chosen, strict=True):
-            pieces[sequence.index] = sequence.push(token, self._limit, self._end_ids, self._stop)
-            if sequence.generation.finish_reason:
-                self._cache.free(sequence.cached)
+        self._push(list(zip(started, chosen, strict=True)), pieces)
         return pieces
 
-    def _decode(self, sequences: list[_Sequence], tokens: list[int]) -> list[int]:
-        """Feed each sequence its last token and take the next one."""
+    def _push(self, chosen: list[tuple[_Sequence, int]], pieces: list[str]) -> None:
+        """Add a token to each of some sequences, and its text to their pieces."""
+        for sequence, token in chosen:
+            pieces[sequence.index] += sequence.push(token, self._limit, self._end_ids, self._stop)
+            if sequence.is_finished:
+                self._cache.free(sequence.cached)
+
+    def _decode(self, sequences: list[_Sequence]) -> list[list[int]]:
+        """Feed each sequence its last token and take the next one, or several one after another.
+
+        A sequence may be over before the last of them; what was chosen after its end is for nobody.
+        """
         size = len(sequences)
         if size not in self._decoders:
             sampler = self._sampler(size)
             self._decoders[size] = Decoder(self._gpt, self._cache, size, sampler), sampler
         decoder, sampler = self._decoders[size]
         _read(sampler, sequences)
-        chosen: list[int] = decoder.step([s.cached for s in sequences], tokens).tolist()
+        count = min(MOST_STEPS, *(self._limit - len(s.generation.token_ids) for s in sequences))
+        seconds = self._timings.seconds_per_output_token
+        if seconds * count > _LONGEST_WAIT:
+            count = max(1, int(_LONGEST_WAIT / seconds))
+        last = [s.generation.token_ids[-1] for s in sequences]
+        chosen: list[list[int]] = decoder.steps([s.cached for s in sequences], last, count).tolist()
         return chosen
 
     def _choose(self, logits: torch.Tensor, sequences: list[_Sequence]) -> list[int]:

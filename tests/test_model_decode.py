@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import pytest
 import torch
@@ -9,8 +11,9 @@ from model_files import write_llama_gguf
 
 import tilewise
 from tilewise import native
-from tilewise.model import load
-from tilewise.model.decode import Decoder
+from tilewise.graph import CpuGraph
+from tilewise.model import generate, load
+from tilewise.model.decode import MOST_STEPS, Decoder
 from tilewise.paged import PagedKVCache
 
 needs_cpu = pytest.mark.skipif(
@@ -79,3 +82,41 @@ def test_sequences_that_end_leave_a_smaller_step(gpt):
     together = model.generate(prompts, 9)
     for prompt, generation in zip(prompts, together, strict=True):
         assert generation.token_ids == model.generate(prompt, 9).token_ids
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.5},
+        {"temperature": 0.9, "seed": 3, "stop": ["e", "5"]},
+    ],
+    ids=["greedy", "sampled", "penalty", "stop"],
+)
+def test_several_steps_at_once_choose_the_same_tokens(tmp_path, monkeypatch, options):
+    """Over the ends of pages, and with texts that end between two calls."""
+    path = tmp_path / "tiny.gguf"
+    write_llama_gguf(path)
+    model = load(path)
+    monkeypatch.setattr(generate, "_LONGEST_WAIT", math.inf)
+    replayed = []
+    replay = CpuGraph.replay
+    monkeypatch.setattr(
+        CpuGraph, "replay", lambda self, times: replayed.append(times) or replay(self, times)
+    )
+
+    def generated():
+        return model.generate([[1, 2, 3], [4, 5], [6]], 45, ignore_eos=True, **options)
+
+    at_once = generated()
+    assert max(replayed) == MOST_STEPS
+    monkeypatch.setattr(generate, "MOST_STEPS", 1)
+    replayed.clear()
+    one_by_one = generated()
+    assert set(replayed) == {1}
+    for a, b in zip(at_once, one_by_one, strict=True):
+        assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+    if "stop" in options:
+        assert len({len(a.token_ids) for a in at_once}) > 1

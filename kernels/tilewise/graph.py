@@ -73,9 +73,13 @@ class CpuGraph:
             number = ops.end_recording(is_complete)
         return cls(ops, number), result
 
-    def replay(self) -> None:
-        """Make the recorded calls again, on the values that their tensors hold now."""
-        self._ops.replay(self._number)
+    def replay(self, times: int = 1) -> None:
+        """Make the recorded calls again, on the values that their tensors hold now.
+
+        Args:
+            times: how often, one run after the other: for calls that write their own next inputs.
+        """
+        self._ops.replay(self._number, times)
 
     def __del__(self) -> None:
         self._ops.forget_recording(self._number)
