@@ -81,7 +81,7 @@ class FloatTiles {
 
 // The upper half of each lane rounded to bfloat16, the lower one zero. All must be finite.
 inline I32 rounded(F32 x) {
-  const I32 bits = I32(_mm512_castps_si512(x.v));
+  const I32 bits = bits_of(x);
   const I32 odd = (bits >> 16) & I32::all(1);
   return (bits + odd + I32::all(0x7fff)) & I32::all(static_cast<int>(0xffff0000u));
 }
@@ -366,7 +366,7 @@ bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, c
                           int64_t x_stride) {
   // A row of few results may by chance be much smaller than what it is summed from.
   if (call.weight.depth == 0 || call.weight.rows < PANEL_ROWS) return false;
-  const DType dtype = call.int8_activations ? DType::f32 : call.x_dtype;
+  const DType dtype = call.rounding == Rounding::none ? call.x_dtype : DType::f32;
   bool done = false;
   with_format(call.weight.format, [&](auto format) {
     using F = decltype(format);

@@ -67,7 +67,7 @@ def quantized_matmul(
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in float32; the gradient of int8 activations passes straight through their rounding."""
+    """x W^T in float32; the gradient passes straight through the rounding of x."""
 
     @staticmethod
     def forward(
