@@ -242,6 +242,23 @@ COMPILED = [
         _product(_own("int4", 64), 64, 512, 4096, act="int8"),
         dtypes=(torch.bfloat16,),
     ),
+    *(
+        Case(
+            "quantized_matmul",
+            f"fp8 activations, {name}, {tokens}",
+            _product(_FP8[name], tokens, 512, 4096, act="fp8"),
+            dtypes=(torch.bfloat16,),
+        )
+        for name, tokens in (("row", 1), ("row", 16), ("row", 256), ("g64", 64))
+    ),
+    Case(
+        "quantized_matmul",
+        "fp8 activations, everything",
+        _product(
+            _FP8["row"], 64, 512, 4096, bias=True, activation="swiglu", residual=True, act="fp8"
+        ),
+        dtypes=(torch.bfloat16,),
+    ),
     Case(
         "quantized_embedding",
         "int4",
