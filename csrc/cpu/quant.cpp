@@ -89,6 +89,8 @@ void quantized_matmul(const QuantizedMatmul& call) {
   if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
   const bool is_int8 = call.rounding == Rounding::int8;
   if (!few && is_int8 && multiply_byte_tiles(call, finish)) return;
+  if (!few && multiply_fp8_tiles(call, finish)) return;
+  if ((few || !HAS_TILES) && multiply_fp8_pairs(call, finish)) return;
   if (HAS_TILES && !is_int8) return multiply_wide(call, finish, few);
   if (wants_pairs(call) && multiply_pairs(call, finish)) return;
   if (is_bytes && multiply_byte_blocks(call, finish)) return;

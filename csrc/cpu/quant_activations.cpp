@@ -99,24 +99,33 @@ F32 to_float8(F32 x) {
   return copy_sign((abs(x) + large) - large, x);
 }
 
-void round_row_to_float8(float* x, int64_t depth, int64_t group_strips) {
+}  // namespace
+
+void encode_float8(float* x, int64_t depth, int64_t group_strips, float* scales) {
   const F32 top = F32::all(448), bottom = F32::all(-448);
   const int64_t elements = strips_of(depth) * STRIP, group = group_strips * STRIP;
   for (int64_t first = 0; first < elements; first += group) {
     const int64_t last = std::min(elements, first + group);
-    const F32 scale = F32::all(largest(x + first, last - first) / 448);
-    const F32 divisor = select_equal(scale, F32::zero(), F32::all(1), scale);
+    const float scale = largest(x + first, last - first) / 448;
+    const F32 divisor = F32::all(scale == 0 ? 1.0f : scale);
     for (int64_t i = first; i < last; i += W) {
-      store(x + i, to_float8(min(max(load(x + i) / divisor, bottom), top)) * scale);
+      store(x + i, to_float8(min(max(load(x + i) / divisor, bottom), top)));
     }
+    *scales++ = scale;
   }
 }
 
-}  // namespace
-
 void round_row(Rounding rounding, float* x, int64_t depth, int64_t group_strips) {
-  if (rounding == Rounding::fp8) return round_row_to_float8(x, depth, group_strips);
   const int64_t strips = strips_of(depth);
+  if (rounding == Rounding::fp8) {
+    const auto scales = make_workspace<float>((strips + group_strips - 1) / group_strips);
+    encode_float8(x, depth, group_strips, scales.get());
+    for (int64_t s = 0; s < strips; ++s) {
+      const F32 scale = F32::all(scales[s / group_strips]);
+      for (int i = 0; i < STRIP; i += W) store(x + s * STRIP + i, load(x + s * STRIP + i) * scale);
+    }
+    return;
+  }
   const auto split = make_workspace<SplitStrip<1>>(strips);
   split_row<1>(x, depth, group_strips, false, split.get());
   for (int64_t s = 0; s < strips; ++s) {

@@ -40,6 +40,10 @@ void load_floats(DType dtype, const void* data, int64_t at, int64_t n, float* ou
 // Row `row` of x in float32, and zeros up to a whole strip.
 void load_row(const QuantizedMatmul& call, int64_t row, float* out);
 
+// Replaces a row, filled up to a whole strip, by its codes in float8 E4M3, of which `group_strips`
+// share a scale. What is not finite makes the scale NaN.
+void encode_float8(float* x, int64_t depth, int64_t group_strips, float* scales);
+
 // Rounds a row, filled up to a whole strip, to codes and back.
 void round_row(Rounding rounding, float* x, int64_t depth, int64_t group_strips);
 

@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
         ctx.weight, ctx.dtype = weight, x.dtype
         rows = _aligned(x.reshape(-1, x.shape[-1]).contiguous())
         if act == "fp8":
-            y = _scaled_product(rows, weight.to_rows())
+            y = scaled_product(rows, weight.to_rows())
         elif weight.format == "int8":
             weight = weight.to_rows()
             scales = cast(torch.Tensor, weight.scales).flatten().bfloat16()
@@ -111,7 +111,7 @@ class _Product(torch.autograd.Function):
         return (grad.float() @ ctx.weight.dequantize()).to(ctx.dtype), None, None
 
 
-def _scaled_product(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+def scaled_product(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """fp8 times fp8 in float32; of NaN in a weight's scale or x's, NaN."""
     codes, scales = naive.quantize_groups(rows, PER_CHANNEL, "fp8")
     return torch._scaled_mm(

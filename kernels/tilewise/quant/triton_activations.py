@@ -91,11 +91,11 @@ def product(
     if act == "int8":
         from tilewise.quant.triton_int8_kernels import matmul_int8
 
-        tensors = (codes, scales, sums, data, weight_scales, zeros)
-        gpu.launch(matmul_int8, grid, *tensors, *rest, FORMAT=weight.format, **options)
+        whole = (codes, scales, sums, data, weight_scales, zeros)
+        gpu.launch(matmul_int8, grid, *whole, *rest, FORMAT=weight.format, **options)
     else:
         from tilewise.quant.triton_fp8_kernels import matmul_fp8
 
         promoted = dtype == torch.uint8 and gpu.architecture(x) != "sm_100"
-        tensors = (codes, scales, data, weight_scales)
-        gpu.launch(matmul_fp8, grid, *tensors, *rest, PROMOTED=promoted, **options)
+        parts = (codes, scales, data, weight_scales)
+        gpu.launch(matmul_fp8, grid, *parts, *rest, PROMOTED=promoted, **options)
