@@ -224,13 +224,16 @@ def written_caches(arguments: dict[str, Any], returned: None) -> dict[str, torch
 # --- matrix multiplications -----------------------------------------------------------------------
 
 
-def quantized(tokens: int, width: int, outputs: int, scheme: str, **options: Any) -> Make:
-    """Activations times quantized weights."""
+def quantized(
+    tokens: int, width: int, outputs: int, scheme: str, *, act: str | None = None, **options: Any
+) -> Make:
+    """Activations times quantized weights; `act` is what x is rounded to."""
 
     def make(inputs: Inputs) -> dict[str, Any]:
         weight = inputs.randn(outputs, width, scale=width**-0.5, dtype=torch.float32)
         packed = tilewise.quantize(weight, scheme, search="minmax", **options)
-        return {"x": inputs.randn(tokens, width), "weight": packed}
+        arguments = {"x": inputs.randn(tokens, width), "weight": packed}
+        return arguments | {"act": act} if act else arguments
 
     return make
 

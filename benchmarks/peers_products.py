@@ -1,8 +1,8 @@
 """One matrix product with a quantized weight: ours beside PyTorch's kernels.
 
-PyTorch has `_weight_int4pack_mm_for_cpu` and `_weight_int8pack_mm`, and a product with the weight
-as it was before it was quantized, in bfloat16 or float32. Which of these two is faster depends on
-the processor; the faster one is what every time is compared with.
+PyTorch has `_weight_int4pack_mm_for_cpu`, `_weight_int8pack_mm`, `_scaled_mm` of fp8 by fp8, and a
+product with the weight as it was before it was quantized, in bfloat16 or float32. Which of these
+two is faster depends on the processor; the faster one is what every time is compared with.
 """
 
 from __future__ import annotations
@@ -84,7 +84,11 @@ class Product:
 
 DENSE = "torch linear"
 
-_TORCH = {"int4 g64": "torch int4pack g64", "int8": "torch int8pack"}
+_TORCH = {
+    "int4 g64": "torch int4pack g64",
+    "int8": "torch int8pack",
+    "fp8, act fp8": "torch scaled_mm fp8",
+}
 
 
 def _makes(rows: int, outputs: int, width: int) -> dict[str, Make]:
@@ -98,6 +102,8 @@ def _makes(rows: int, outputs: int, width: int) -> dict[str, Make]:
         "int4 g64": quantized(rows, width, outputs, "int4"),
         "int8": quantized(rows, width, outputs, "int8", group_size=-1, symmetric=True),
         "Q4_1": q4_1,
+        "fp8": quantized(rows, width, outputs, "fp8"),
+        "fp8, act fp8": quantized(rows, width, outputs, "fp8", act="fp8"),
     }
     rounded = {
         f"{title}, act int8": lambda inputs, make=makes[title]: make(inputs) | {"act": "int8"}
@@ -109,6 +115,8 @@ def _makes(rows: int, outputs: int, width: int) -> dict[str, Make]:
 def _torch_call(bench: Bench) -> Callable[[], object]:
     """PyTorch's kernel alone, without our checks and dispatch around it."""
     x, weight = bench.arguments["x"], bench.arguments["weight"]
+    if weight.format == "fp8":
+        return lambda: baseline.scaled_product(x, weight)
     if weight.format == "int8":
         codes, scales = baseline._aligned(weight.data), weight.scales.flatten().bfloat16()
         return lambda: torch._weight_int8pack_mm(x, codes, scales)

@@ -211,6 +211,30 @@ def torch_int4_scales(weight: QuantizedTensor) -> torch.Tensor:
     return torch.stack([scale, offset], dim=-1).transpose(0, 1).bfloat16().contiguous()
 
 
+def _why_not_torch_fp8(arguments: dict[str, Any]) -> str | None:
+    x, weight = arguments["x"], arguments["weight"]
+    if arguments.get("act") != "fp8" or weight.group_size != PER_CHANNEL:
+        return "takes fp8 by fp8, with a scale per row"
+    if x.dtype != torch.bfloat16:
+        return "computes in bfloat16"
+    n, k = weight.shape
+    if n % 16 or k % 16:
+        return f"needs N and K to be multiples of 16, got {n} and {k}"
+    return only_plain(arguments, "x", "weight", "act")
+
+
+def _prepare_torch_fp8(arguments: dict[str, Any]) -> Function:
+    weight = arguments["weight"].to_rows()
+    codes, scales = weight.data.contiguous().mT, weight.scales.float().reshape(1, -1)
+
+    def multiply(x: torch.Tensor, weight: QuantizedTensor, act: str) -> torch.Tensor:
+        of_x = (x.abs().amax(-1, keepdim=True).float() / 448).clamp(min=1e-30)
+        rounded = (x / of_x).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return torch._scaled_mm(rounded, codes, of_x, scales, out_dtype=x.dtype)
+
+    return multiply
+
+
 _PYTORCH: dict[str, tuple[Rival, ...]] = {
     "flash_attention": (
         _sdpa("SDPA flash", SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
@@ -221,5 +245,6 @@ _PYTORCH: dict[str, tuple[Rival, ...]] = {
     "quantized_matmul": (
         Rival("F.linear", plain_product, _prepare_linear),
         Rival("torch int4", _why_not_torch_int4, _prepare_torch_int4),
+        Rival("torch fp8", _why_not_torch_fp8, _prepare_torch_fp8),
     ),
 }

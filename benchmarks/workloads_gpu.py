@@ -160,6 +160,15 @@ def on_gpu(dtype: torch.dtype) -> list[Workload]:
             for tokens in (1, 16, 64, 256, 1024, 4096)
             for scheme, options in (("int4", {}), ("int8", PER_CHANNEL))
         ),
+        *(
+            workload(
+                "quantized_matmul",
+                f"Llama-3-8B {tokens} x 4096 x 14336, fp8 x fp8",
+                quantized(tokens, 4096, 14336, "fp8", act="fp8"),
+                part=rows,
+            )
+            for tokens in (16, 64, 256, 1024, 4096)
+        ),
         workload(
             "quantized_embedding",
             "Llama-3-8B prompt 8192, int4",

@@ -39,16 +39,18 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
                          Tensor data, OptionalTensor scales, OptionalTensor zeros,
                          OptionalTensor bias, int64_t finish, OptionalTensor residual,
                          OptionalTensor adapter_a, OptionalTensor adapter_b,
-                         int64_t activation_group, Tensor out) {
+                         int64_t rounding, int64_t activation_group, Tensor out) {
   STD_TORCH_CHECK(0 <= finish && finish <= static_cast<int64_t>(Finish::swiglu),
                   "no such activation");
+  STD_TORCH_CHECK(0 <= rounding && rounding <= static_cast<int64_t>(Rounding::fp8),
+                  "no such rounding");
   QuantizedMatmul call{};
   call.dtype = call.x_dtype = dtype_of(x);
   call.rows = x.size(0);
   call.x = x.data_ptr();
   call.x_stride = x.stride(0);
   call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
-  call.int8_activations = activation_group != 0;
+  call.rounding = static_cast<Rounding>(rounding);
   call.activation_group = activation_group > 0 ? activation_group : 0;
   call.bias = pointer(bias);
   call.residual = pointer(residual);
@@ -97,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def(
       "quantized_matmul(Tensor x, int format, int rows, int depth, int group_size, Tensor data, "
       "Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
-      "Tensor? adapter_a, Tensor? adapter_b, int activation_group, Tensor(a!) out) -> ()");
+      "Tensor? adapter_a, Tensor? adapter_b, int rounding, int activation_group, Tensor(a!) out) -> ()");
   m.def(
       "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");

@@ -12,7 +12,7 @@ from tilewise.fused import layer_norm, rms_norm
 from tilewise.model.config import GPTConfig
 from tilewise.moe import moe
 from tilewise.quant import QuantizedTensor, QuantLinear, quantized_embedding
-from tilewise.quant.matmul import wants_panels
+from tilewise.quant.matmul import check_act, wants_panels
 
 __all__ = [
     "Experts",
@@ -201,13 +201,14 @@ def set_act(model: nn.Module, act: str | None) -> None:
 
     Args:
         model: holds the layers.
-        act: of `tilewise.quantized_matmul`: None, or "int8".
+        act: of `tilewise.quantized_matmul`: None, "int8" or "fp8".
 
     Raises:
-        ValueError: for a mode that does not exist.
+        ValueError: for a mode that does not exist, or that a layer's format does not go with; no
+            layer has been changed then.
     """
-    if act not in (None, "int8"):
-        raise ValueError(f"act: must be None or 'int8', got {act!r}")
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.act = act
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    for format in sorted({layer.format for layer in layers}):
+        check_act(act, format)
+    for layer in layers:
+        layer.act = act

@@ -38,7 +38,8 @@ def load(
         device: where to put the weights.
         act: "int8" rounds what enters each quantized linear layer to int8, as
             `tilewise.quantized_matmul` says: faster, and less exact. Mixtures of experts are left
-            as they are.
+            as they are. "fp8" is for layers in that format, which no file has: see
+            `tilewise.model.layers.set_act`.
 
     Returns:
         The model with its tokenizer and chat template.

@@ -11,7 +11,7 @@ import tilewise
 from tilewise.benchmarks import host, rivals, rivals_packages
 from tilewise.benchmarks.calls import norm, prefill, quantized
 from tilewise.benchmarks.models import LLAMA3
-from tilewise.testing import Inputs
+from tilewise.testing import Inputs, assert_agrees, to_float64
 
 SMALL = LLAMA3.replace(heads=4, kv_heads=2)
 ATTENTION = ["SDPA flash", "SDPA cuDNN", "SDPA efficient", "FlexAttention", "FlashInfer"]
@@ -26,6 +26,7 @@ def test_every_rival_has_a_name_and_none_is_for_the_cpu():
     assert list(rivals.rivals_of("quantized_matmul", "cuda")) == [
         "F.linear",
         "torch int4",
+        "torch fp8",
         "GemLite",
     ]
     assert list(rivals.rivals_of("rms_norm", "cuda")) == ["Liger"]
@@ -155,6 +156,34 @@ def test_the_scales_of_torch_int4_mean_our_weights(symmetric):
 def test_what_torch_int4_takes(make, options, reason):
     rival = rivals.rivals_of("quantized_matmul", "cuda")["torch int4"]
     assert rival.why_not(arguments_of(make) | options) == reason
+
+
+def test_torch_fp8_rounds_as_ours_does():
+    arguments = arguments_of(quantized(5, 64, 32, "fp8", act="fp8"))
+    rival = rivals.rivals_of("quantized_matmul", "cuda")["torch fp8"]
+    assert rival.why_not(arguments) is None
+    expected = tilewise.quantized_matmul(**arguments, backend="naive")
+    truth = tilewise.quantized_matmul(**to_float64(arguments), backend="naive")
+    assert_agrees(rival.prepare(arguments)(**arguments), expected, truth)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (quantized(1, 64, 32, "fp8"), "takes fp8 by fp8, with a scale per row"),
+        (
+            quantized(1, 64, 32, "fp8", act="fp8", group_size=32),
+            "takes fp8 by fp8, with a scale per row",
+        ),
+        (
+            quantized(1, 63, 32, "fp8", act="fp8"),
+            "needs N and K to be multiples of 16, got 32 and 63",
+        ),
+    ],
+)
+def test_what_torch_fp8_takes(make, reason):
+    rival = rivals.rivals_of("quantized_matmul", "cuda")["torch fp8"]
+    assert rival.why_not(arguments_of(make)) == reason
 
 
 def test_liger_is_compared_with_and_without_a_residual():

@@ -96,6 +96,26 @@ def test_the_architecture_that_configurations_are_chosen_by(monkeypatch, hip, ca
         gpu._architecture.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("hip", "capability", "expected"),
+    [
+        (None, (8, 6), False),
+        (None, (8, 9), True),
+        (None, (9, 0), True),
+        (None, (12, 0), True),
+        ("6.4", (9, 4), False),
+    ],
+)
+def test_which_gpus_multiply_fp8(monkeypatch, hip, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    gpu._multiplies_fp8.cache_clear()
+    try:
+        assert gpu._multiplies_fp8(0) == expected
+    finally:
+        gpu._multiplies_fp8.cache_clear()
+
+
 # --- launching ------------------------------------------------------------------------------------
 
 
@@ -164,6 +184,29 @@ def test_kernels_are_compiled_without_a_gpu():
     assert compiled.constants["residual"] is None
     assert compiled.constants["CENTERED"] is False
     assert "sm_90" in compiled.triton.asm["ptx"]
+
+
+@has_triton
+@compiles
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("sm_80", "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+        ("sm_90", "k32.f32.e4m3.e4m3"),
+        ("sm_100", "kind::f8f6f4"),
+        ("gfx942", "x16_f16"),
+    ],
+)
+def test_fp8_codes_reach_the_instructions_for_them(target, instruction):
+    """Those of fp8, or where there are none those of float16, which holds the codes."""
+    x = torch.zeros(16, 256, dtype=torch.bfloat16)
+    weight = tilewise.quantize(torch.ones(64, 256), "fp8")
+    with gpu.compiling_for(target) as kernels:
+        tilewise.quantized_matmul(x, weight, act="fp8", backend="triton")
+    rounding, product = kernels
+    assert (rounding.kernel, product.kernel) == ("quantize_rows", "matmul_fp8")
+    code = product.triton.asm
+    assert instruction in (code["ptx"] if "ptx" in code else code["amdgcn"])
 
 
 @has_triton

@@ -21,6 +21,7 @@ from tilewise.model.quality import (
     quality_text,
     requantized,
 )
+from tilewise.quant import QuantLinear
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +79,29 @@ def test_rougher_formats_diverge_more(gpt):
     assert found["itself"].kl < 1e-8 < found["int8"].kl < found["int4"].kl
 
 
-def test_int8_activations_cost_something_and_not_much(gpt):
+@pytest.mark.parametrize("act", ["int8", "fp8"])
+def test_rounded_activations_cost_something_and_not_much(gpt, act):
+    if act == "fp8":
+        gpt = requantized(dequantized(gpt), "fp8")
     exact, rounded = logits_of(gpt), logits_of(gpt)
 
     def in_mode(window):
-        set_act(gpt, "int8")
+        set_act(gpt, act)
         try:
             return rounded(window)
         finally:
             set_act(gpt, None)
 
-    _, found = measure_quality(exact, {"int8": in_mode}, windows(gpt.config.vocab_size, 32))
-    assert 1e-8 < found["int8"].kl < 0.05
+    _, found = measure_quality(exact, {act: in_mode}, windows(gpt.config.vocab_size, 32))
+    assert 1e-8 < found[act].kl < 0.05
+
+
+def test_a_mode_that_a_layer_does_not_go_with_changes_none(gpt):
+    with pytest.raises(ValueError, match="act: 'fp8' needs a weight in format fp8"):
+        set_act(gpt, "fp8")
+    with pytest.raises(ValueError, match="act: must be None, 'int8' or 'fp8', got 'int4'"):
+        set_act(gpt, "int4")
+    assert {layer.act for layer in gpt.modules() if isinstance(layer, QuantLinear)} == {None}
 
 
 def test_windows_do_not_overlap_and_leave_the_rest_out():

@@ -166,8 +166,16 @@ def test_how_activations_are_taken_is_not_stored():
 
 def test_a_mode_of_activations_that_does_not_exist():
     layer = QuantLinear(quantize(torch.ones(8, 64)), act="int4")
-    with pytest.raises(ValueError, match="act: must be None or 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match="act: must be None, 'int8' or 'fp8', got 'int4'"):
         layer(torch.ones(64))
+
+
+def test_fp8_activations_are_for_fp8_weights():
+    x, weight = torch.randn(3, 64), torch.ones(8, 64)
+    layer = QuantLinear(quantize(weight, "fp8"), act="fp8")
+    assert torch.equal(layer(x), quantized_matmul(x, layer.weight, act="fp8"))
+    with pytest.raises(ValueError, match="'fp8' needs a weight in format fp8, got one in int8"):
+        QuantLinear(quantize(weight, "int8"), act="fp8")(x)
 
 
 def test_says_what_it_is():

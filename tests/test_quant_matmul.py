@@ -1,4 +1,4 @@
-"""The product with a quantized weight: order, gradients, int8 activations, PyTorch's kernels."""
+"""The product with a quantized weight: order, gradients, rounding x, PyTorch's kernels."""
 
 import gc
 import re
@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import tilewise
-from tilewise import BackendError, quantized_matmul
+from tilewise import BackendError, gpu, native, quantized_matmul
 from tilewise.quant import QuantizedTensor, baseline, naive, quantize
 from tilewise.quant.cases import gguf_weight
 from tilewise.testing import Inputs, assert_agrees
+
+needs_cpu = pytest.mark.skipif(native.why_not_cpu() is not None, reason="no C++ kernels")
+needs_interpreter = pytest.mark.skipif(not gpu.INTERPRETED, reason="no TRITON_INTERPRET")
 
 
 def weight_of(n=16, k=64, scheme="int4", seed=0, **options):
@@ -21,16 +24,33 @@ def weight_of(n=16, k=64, scheme="int4", seed=0, **options):
     return quantize(weight, scheme, search="minmax", **options)
 
 
-def numpy_int8(x, size):
+# E4M3: a sign, 4 bits of exponent, biased by 7, and 3 behind the point; the code 127 is NaN.
+E4M3 = np.array(
+    [(c / 8 if c < 8 else 1 + c % 8 / 8) * 2.0 ** (max(c >> 3, 1) - 7) for c in range(127)],
+    dtype=np.float32,
+)
+
+
+def nearest_e4m3(value):
+    """The nearest of all codes; between two of them the even one."""
+    distance = np.abs(E4M3.astype(np.float64) - abs(float(value)))
+    code = min(range(127), key=lambda c: (distance[c], c % 2))
+    return np.copysign(E4M3[code], value)
+
+
+def numpy_rounded(x, size, act="int8"):
     """The definition once more, element by element."""
     result = np.empty_like(x)
+    largest = np.float32({"int8": 127, "fp8": 448}[act])
     for row in range(x.shape[0]):
         for start in range(0, x.shape[1], size):
             group = x[row, start : start + size]
-            scale = np.float32(np.abs(group).max()) / np.float32(127)
+            scale = np.float32(np.abs(group).max()) / largest
             for i, value in enumerate(group):
-                code = np.rint(value / scale) if scale else np.float32(0)
-                result[row, start + i] = np.clip(code, -127, 127).astype(np.float32) * scale
+                code = value / scale if scale else np.float32(0)
+                code = np.clip(np.rint(code) if act == "int8" else code, -largest, largest)
+                code = code if act == "int8" else nearest_e4m3(code)
+                result[row, start + i] = code.astype(np.float32) * scale
     return result
 
 
@@ -93,17 +113,67 @@ def test_gradients_of_everything_but_the_weight(act):
         assert torch.autograd.gradcheck(lambda *others: call(x.detach(), *others), others)
 
 
-# --- int8 activations -----------------------------------------------------------------------------
+# --- rounded activations --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [32, 64, -1])
-def test_activations_are_rounded_as_defined(size):
-    x = Inputs(torch.float32).randn(4, 80)
+def hard_activations():
+    """(5, 79): zeros, subnormal numbers, many magnitudes."""
+    x = Inputs(torch.float32).randn(5, 79)
     x[0] = 0
-    x[1, :5] *= 1e-40  # subnormal
+    x[1, :5] *= 1e-40
     x[2, 32:64] *= 1e-42
-    expected = numpy_int8(x.numpy(), 80 if size < 0 else size)
-    assert np.array_equal(naive.fake_quantize(x, size).numpy(), expected)
+    x[4] *= torch.logspace(-8, 0, 79)
+    return x
+
+
+@pytest.mark.parametrize("act", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [32, 64, -1])
+def test_activations_are_rounded_as_defined(size, act):
+    x = hard_activations()
+    expected = numpy_rounded(x.numpy(), 79 if size < 0 else size, act)
+    assert np.array_equal(naive.fake_quantize(x, size, act).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "size"),
+    [
+        ("naive", 32),
+        ("naive", -1),
+        ("torch", -1),
+        *(pytest.param("cpu", size, marks=needs_cpu) for size in (32, -1)),
+        *(pytest.param("triton", size, marks=needs_interpreter) for size in (32, -1)),
+    ],
+)
+def test_every_backend_rounds_to_the_same_fp8(backend, size):
+    """Times the unit matrix, which fp8 holds exactly. Tiles may lose what is next to nothing."""
+    x, eye = hard_activations()[[0, 3, 4]], torch.eye(79)
+    weight = quantize(eye, "fp8", group_size=size, search="minmax")
+    weight.data[:, :79].copy_(eye)
+    weight.scales.fill_(1)
+    expected = torch.from_numpy(numpy_rounded(x.numpy(), 79 if size < 0 else size, "fp8"))
+    assert torch.equal(quantized_matmul(x, weight, act="fp8", backend=backend), expected)
+
+
+def test_every_fp8_code_and_the_numbers_between():
+    """One scale of 1: codes stay as they are, ties go to the even code."""
+    between = (E4M3[1:] + E4M3[:-1]) / 2
+    even = np.where(np.arange(126) % 2 == 0, E4M3[:-1], E4M3[1:])
+    x = torch.from_numpy(np.concatenate([E4M3, between]))
+    expected = torch.from_numpy(np.concatenate([E4M3, even]))
+    assert torch.equal(naive.fake_quantize(x, -1, "fp8"), expected)
+    assert torch.equal(naive.fake_quantize(-x, -1, "fp8"), -expected)
+    codes, scale = naive.quantize_groups(x, -1, "fp8")
+    assert scale == 1
+    assert torch.equal(codes[0], x.to(torch.float8_e4m3fn).float())
+
+
+def test_fp8_saturates_where_the_scale_is_rounded_down():
+    x = torch.tensor([[3000 * 2.0**-149, 2.0**-149]])  # the scale is 6.7 steps, and becomes 7
+    x = torch.cat([x, torch.tensor([[600 * 2.0**-149, 2.0**-149]])])  # 1.3 steps, and becomes 1
+    codes, scale = naive.quantize_groups(x, -1, "fp8")
+    assert (scale.flatten() / 2.0**-149).tolist() == [7, 1]
+    assert codes[1, 0, 0] == 448
+    assert torch.equal(naive.fake_quantize(x, -1, "fp8")[1, 0], torch.tensor(448 * 2.0**-149))
 
 
 @pytest.mark.parametrize(
@@ -119,32 +189,44 @@ def test_activations_are_rounded_as_defined(size):
 def test_int8_activations_share_a_scale_as_the_weight_does(make, size):
     weight = make()
     x = Inputs(torch.float32).randn(4, weight.shape[1])
-    rounded = torch.from_numpy(numpy_int8(x.numpy(), size))
+    rounded = torch.from_numpy(numpy_rounded(x.numpy(), size))
     expected = quantized_matmul(rounded, weight, backend="naive")
     assert torch.equal(quantized_matmul(x, weight, act="int8", backend="naive"), expected)
 
 
-def test_int8_activations_leave_the_adapter_alone():
-    inputs, weight = Inputs(torch.float64), weight_of()
+@pytest.mark.parametrize("size", [32, 64, 128, -1])
+def test_fp8_activations_share_a_scale_as_the_weight_does(size):
+    weight = weight_of(16, 200, "fp8", group_size=size)
+    x = Inputs(torch.float32).randn(4, 200)
+    rounded = torch.from_numpy(numpy_rounded(x.numpy(), 200 if size < 0 else size, "fp8"))
+    expected = quantized_matmul(rounded, weight, backend="naive")
+    assert torch.equal(quantized_matmul(x, weight, act="fp8", backend="naive"), expected)
+
+
+@pytest.mark.parametrize("act", ["int8", "fp8"])
+def test_rounded_activations_leave_the_adapter_alone(act):
+    inputs, weight = Inputs(torch.float64), weight_of(scheme="fp8")
     x, a, b = inputs.randn(3, 64), inputs.randn(64, 2), inputs.randn(2, 16)
-    plain = quantized_matmul(x, weight, act="int8")
+    plain = quantized_matmul(x, weight, act=act)
     expected = plain + x @ a @ b
-    assert_agrees(quantized_matmul(x, weight, adapter=(a, b), act="int8"), expected, expected)
+    assert_agrees(quantized_matmul(x, weight, adapter=(a, b), act=act), expected, expected)
 
 
-def test_the_gradient_passes_straight_through_the_rounding():
-    weight = weight_of()
+@pytest.mark.parametrize("act", ["int8", "fp8"])
+def test_the_gradient_passes_straight_through_the_rounding(act):
+    weight = weight_of(scheme="fp8")
     x = Inputs(torch.float32).randn(3, 64).requires_grad_()
     (expected,) = torch.autograd.grad(quantized_matmul(x, weight).sum(), x)
-    (actual,) = torch.autograd.grad(quantized_matmul(x, weight, act="int8").sum(), x)
+    (actual,) = torch.autograd.grad(quantized_matmul(x, weight, act=act).sum(), x)
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("act", ["int8", "fp8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_number_that_is_not_finite_spoils_its_group_only(bad):
+def test_a_number_that_is_not_finite_spoils_its_group_only(bad, act):
     x = torch.ones(2, 64)
     x[0, 3] = bad
-    rounded = naive.fake_quantize(x, 32)
+    rounded = naive.fake_quantize(x, 32, act)
     assert rounded[0, :32].isnan().all()
     assert torch.equal(rounded[0, 32:], torch.ones(32))
     assert torch.equal(rounded[1], torch.ones(64))
@@ -157,7 +239,14 @@ def test_a_number_that_is_not_finite_spoils_its_group_only(bad):
     ("x", "weight", "act", "reason"),
     [
         (torch.float32, {}, None, "PyTorch's kernels are vectorized for bfloat16 only"),
-        (torch.bfloat16, {}, "int8", "PyTorch's kernels take no quantized activations"),
+        (torch.bfloat16, {}, "int8", "PyTorch's kernels take no activations in int8"),
+        (
+            torch.float32,
+            {"scheme": "fp8", "group_size": 32},
+            "fp8",
+            "PyTorch's fp8 product takes a scale per row, not per group",
+        ),
+        (torch.float64, {"scheme": "fp8"}, "fp8", "adds up in float32, x is in float64"),
         (torch.bfloat16, {"scheme": "nf4"}, None, "PyTorch has no kernel for nf4"),
         (
             torch.bfloat16,
@@ -273,7 +362,12 @@ ONE = torch.ones(2, 64)
             ValueError,
             "residual: shape must be (2, 8) (the output's shape), got (2, 16)",
         ),
-        ({"act": "int4"}, ValueError, "act: must be None or 'int8', got 'int4'"),
+        ({"act": "int4"}, ValueError, "act: must be None, 'int8' or 'fp8', got 'int4'"),
+        (
+            {"act": "fp8"},
+            ValueError,
+            "act: 'fp8' needs a weight in format fp8, got one in int4",
+        ),
         ({"adapter": ONE}, TypeError, "adapter: must be a pair of tensors (K, r) and (r, N)"),
         (
             {"adapter": (torch.ones(63, 2), torch.ones(2, 16))},

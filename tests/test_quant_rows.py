@@ -37,6 +37,27 @@ def test_every_format_with_few_and_many_rows(name, dtype, act):
         check(Inputs(dtype).randn(rows, weight.shape[1]), weight, act)
 
 
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_fp8_activations_with_few_and_many_rows(dtype, group_size):
+    for n, k in ((17, 96), (50, 416), (49, 607)):
+        weight = weight_of("fp8", n, k, group_size=group_size)
+        for rows in (1, 4, 5, 13, 53):
+            check(Inputs(dtype).randn(rows, k), weight, "fp8")
+
+
+@pytest.mark.parametrize("rows", [2, 6, 20, 60])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e-38, 1e-43])
+def test_fp8_activations_that_are_not_finite_or_tiny(bad, group_size, rows):
+    weight = weight_of("fp8", 48, 320, group_size=group_size)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = Inputs(dtype).randn(rows, 320)
+        x[1] = 0
+        x[1, 7] = bad
+        check(x, weight, "fp8")
+
+
 @pytest.mark.parametrize("act", [None, "int8"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -71,15 +92,16 @@ def test_numbers_without_digits(bad, rows):
         check(x, weight, None)
 
 
+@pytest.mark.parametrize(("name", "act"), [("int4", None), ("fp8", "fp8")])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-def test_the_number_of_threads_does_not_matter(dtype):
-    weight, x = weight_of("int4", 336, 320), Inputs(dtype).randn(60, 320)
+def test_the_number_of_threads_does_not_matter(dtype, name, act):
+    weight, x = weight_of(name, 336, 320), Inputs(dtype).randn(60, 320)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(quantized_matmul(x, weight, backend="cpu"))
+            results.append(quantized_matmul(x, weight, act=act, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)

@@ -48,7 +48,8 @@ def test_k_split_among_programs(m, scheme, dtype, device):
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
-    ("scheme", "act"), [("int4", None), ("int4", "int8"), ("nf4", None), ("Q4_K", None)]
+    ("scheme", "act"),
+    [("int4", None), ("int4", "int8"), ("fp8", "fp8"), ("nf4", None), ("Q4_K", None)],
 )
 def test_a_weight_unpacked_as_a_whole(scheme, act, after, device, monkeypatch):
     chosen = configs.config(torch.empty(0, device=device))._replace(whole=8)
@@ -84,6 +85,33 @@ def test_int8_activations_that_are_not_finite(scheme, bad, m, device):
     out = quantized_matmul(**arguments, act="int8", backend="triton")
     assert out[1].isnan().all()
     assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("m", [2, 7])
+def test_fp8_activations_that_are_not_finite(bad, m, group_size, dtype, device):
+    _, arguments = _arguments(device, dtype, m, 40, 100, "fp8", group_size=group_size)
+    arguments["x"][1, 33] = bad
+    out = quantized_matmul(**arguments, act="fp8", backend="triton")
+    assert out[1].isnan().all()
+    assert out[0].isfinite().all()
+
+
+@pytest.mark.skipif(
+    not gpu.INTERPRETED, reason="a GPU has its own way to multiply fp8, tested above"
+)
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("k", [320, 77])
+def test_fp8_codes_as_tensor_cores_take_them(k, group_size, architecture, device, monkeypatch):
+    """In the interpreter, which multiplies fp8 exactly: what is loaded, not how it is added up."""
+    monkeypatch.setattr(gpu, "multiplies_fp8", lambda x: True)
+    monkeypatch.setattr(gpu, "architecture", lambda x: architecture)
+    inputs, arguments = _arguments(device, torch.float16, 9, 38, k, "fp8", group_size=group_size)
+    arguments |= {"act": "fp8", "activation": "swiglu", "bias": inputs.randn(38)}
+    _agrees(arguments, device)
 
 
 def test_a_nan_in_the_weight_stays_in_its_row(device):

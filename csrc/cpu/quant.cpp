@@ -14,9 +14,9 @@ struct Floats {
   int64_t stride;
   Workspace<float> copy;
 
-  Floats(const QuantizedMatmul& call, bool rounded, bool filled_up) {
+  Floats(const QuantizedMatmul& call, Rounding rounding, bool filled_up) {
     const int64_t depth = call.weight.depth;
-    if (call.x_dtype == DType::f32 && !rounded && !filled_up) {
+    if (call.x_dtype == DType::f32 && rounding == Rounding::none && !filled_up) {
       data = static_cast<const float*>(call.x);
       stride = call.x_stride;
       return;
@@ -27,7 +27,7 @@ struct Floats {
     parallel_rows(call.rows, stride, [&](int64_t m) {
       float* row = copy.get() + m * stride;
       load_row(call, m, row);
-      if (rounded) round_row(row, depth, activation_strips(call));
+      if (rounding != Rounding::none) round_row(rounding, row, depth, activation_strips(call));
     });
   }
 };
@@ -35,7 +35,7 @@ struct Floats {
 // x A, (rows, rank).
 Workspace<float> low_rank(const QuantizedMatmul& call) {
   const int64_t depth = call.weight.depth, rank = call.rank;
-  const Floats x(call, false, false);
+  const Floats x(call, Rounding::none, false);
   auto out = make_workspace<float>(call.rows * rank);
   const auto row = make_workspace<float>(rank);
   const auto packed = make_workspace<float>(packed_size(depth, rank));
@@ -53,7 +53,7 @@ Workspace<float> low_rank(const QuantizedMatmul& call) {
 
 // With the weight widened to floating-point numbers.
 void multiply_wide(const QuantizedMatmul& call, const Finisher& finish, bool few) {
-  const Floats x(call, call.int8_activations, false);
+  const Floats x(call, call.rounding, false);
   if (!few && multiply_float_tiles(call, finish, x.data, x.stride)) return;
   multiply_floats(call, finish, x.data, x.stride);
 }
@@ -62,7 +62,7 @@ void multiply_wide(const QuantizedMatmul& call, const Finisher& finish, bool few
 // are as fast (measured).
 bool wants_pairs(const QuantizedMatmul& call) {
   const int64_t enough = is_integer(call.weight.format) ? 48 : FEW_ROWS;
-  const bool is_bfloat16 = call.x_dtype == DType::bf16 && !call.int8_activations;
+  const bool is_bfloat16 = call.x_dtype == DType::bf16 && call.rounding == Rounding::none;
   return is_bfloat16 && call.rows > enough * call.segment_count;
 }
 
@@ -81,18 +81,21 @@ void quantized_matmul(const QuantizedMatmul& call) {
   const Finisher finish(call, low.get());
   if (call.rows == 0 || finish.outputs() == 0) return;
   if (is_plain(call.weight.format)) {
-    const Floats x(call, false, true);
+    const Floats x(call, Rounding::none, true);
     return multiply_plain(call, finish, x.data, x.stride);
   }
   const bool few = has_few_rows(call);
   const bool is_bytes = is_integer(call.weight.format);
   if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
-  if (!few && call.int8_activations && multiply_byte_tiles(call, finish)) return;
-  if (HAS_TILES && !call.int8_activations) return multiply_wide(call, finish, few);
+  const bool is_int8 = call.rounding == Rounding::int8;
+  if (!few && is_int8 && multiply_byte_tiles(call, finish)) return;
+  if (!few && multiply_fp8_tiles(call, finish)) return;
+  if ((few || !HAS_TILES) && multiply_fp8_pairs(call, finish)) return;
+  if (HAS_TILES && !is_int8) return multiply_wide(call, finish, few);
   if (wants_pairs(call) && multiply_pairs(call, finish)) return;
   if (is_bytes && multiply_byte_blocks(call, finish)) return;
   // Without vpdpbusd, byte products of several digits are slower than float32 ones.
-  if (is_bytes && call.int8_activations && multiply_bytes(call, finish)) return;
+  if (is_bytes && is_int8 && multiply_bytes(call, finish)) return;
   multiply_wide(call, finish, few);
 }
 

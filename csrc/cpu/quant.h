@@ -40,6 +40,9 @@ struct QuantizedWeight {
   const uint8_t* zeros;  // the same, or null
 };
 
+// What x is rounded to before it meets the weight: nothing, or codes times one scale per group.
+enum class Rounding : int32_t { none, int8, fp8 };
+
 enum class Finish : int32_t { none, gelu, gelu_tanh, silu, swiglu };
 
 // Rows [begin, end) of x, which meet one weight of a stack.
@@ -57,7 +60,7 @@ struct QuantizedMatmul {
   QuantizedWeight weight;
   const Segment* segments;  // (segment_count,), which share out all rows; null for a single weight
   int64_t segment_count;
-  bool int8_activations;
+  Rounding rounding;         // fp8 with weights in fp8 alone
   int64_t activation_group;  // elements of x that share a scale then; 0 for a whole row
 
   const void* bias;      // (N,) or null

@@ -89,8 +89,43 @@ template bool split_row<1>(const float*, int64_t, int64_t, bool, SplitStrip<1>*)
 template bool split_row<2>(const float*, int64_t, int64_t, bool, SplitStrip<2>*);
 template bool split_row<3>(const float*, int64_t, int64_t, bool, SplitStrip<3>*);
 
-void round_row(float* x, int64_t depth, int64_t group_strips) {
+namespace {
+
+// |x| <= 448 to the nearest number of float8 E4M3, ties to even. Added to 2^20 times the power of two
+// in it, float32 itself rounds to the three bits behind the first; below 2^-6 all powers are one.
+F32 to_float8(F32 x) {
+  const F32 power = bits_as_f32(bits_of(x) & I32::all(0x7f800000));
+  const F32 large = max(power, F32::all(0x1p-6f)) * F32::all(0x1p20f);
+  return copy_sign((abs(x) + large) - large, x);
+}
+
+}  // namespace
+
+void encode_float8(float* x, int64_t depth, int64_t group_strips, float* scales) {
+  const F32 top = F32::all(448), bottom = F32::all(-448);
+  const int64_t elements = strips_of(depth) * STRIP, group = group_strips * STRIP;
+  for (int64_t first = 0; first < elements; first += group) {
+    const int64_t last = std::min(elements, first + group);
+    const float scale = largest(x + first, last - first) / 448;
+    const F32 divisor = F32::all(scale == 0 ? 1.0f : scale);
+    for (int64_t i = first; i < last; i += W) {
+      store(x + i, to_float8(min(max(load(x + i) / divisor, bottom), top)));
+    }
+    *scales++ = scale;
+  }
+}
+
+void round_row(Rounding rounding, float* x, int64_t depth, int64_t group_strips) {
   const int64_t strips = strips_of(depth);
+  if (rounding == Rounding::fp8) {
+    const auto scales = make_workspace<float>((strips + group_strips - 1) / group_strips);
+    encode_float8(x, depth, group_strips, scales.get());
+    for (int64_t s = 0; s < strips; ++s) {
+      const F32 scale = F32::all(scales[s / group_strips]);
+      for (int i = 0; i < STRIP; i += W) store(x + s * STRIP + i, load(x + s * STRIP + i) * scale);
+    }
+    return;
+  }
   const auto split = make_workspace<SplitStrip<1>>(strips);
   split_row<1>(x, depth, group_strips, false, split.get());
   for (int64_t s = 0; s < strips; ++s) {

@@ -1,6 +1,6 @@
-// Activations as bytes, so that their products with codes are exact integers.
+// Activations rounded to codes; and as bytes, so that their products with codes are exact integers.
 //
-// One digit per element is the int8 quantization of `naive.fake_quantize`. Three digits, in base 255
+// One digit per element is the int8 quantization of `naive.quantize_groups`. Three digits, in base 255
 // and each within +-127, hold an element to 2^-24 of the largest of its strip, which is the precision
 // of float32 itself; two digits hold it to 2^-16, enough for 16-bit activations, whose results are
 // rounded to 2^-9 or 2^-12. A product with few rows then costs a few byte dot products a weight where
@@ -40,12 +40,16 @@ void load_floats(DType dtype, const void* data, int64_t at, int64_t n, float* ou
 // Row `row` of x in float32, and zeros up to a whole strip.
 void load_row(const QuantizedMatmul& call, int64_t row, float* out);
 
-// Rounds a row, filled up to a whole strip, to int8 and back.
-void round_row(float* x, int64_t depth, int64_t group_strips);
+// Replaces a row, filled up to a whole strip, by its codes in float8 E4M3, of which `group_strips`
+// share a scale. What is not finite makes the scale NaN.
+void encode_float8(float* x, int64_t depth, int64_t group_strips, float* scales);
+
+// Rounds a row, filled up to a whole strip, to codes and back.
+void round_row(Rounding rounding, float* x, int64_t depth, int64_t group_strips);
 
 inline int64_t strips_of(int64_t depth) { return (depth + STRIP - 1) / STRIP; }
 
-// Strips that share a scale of the int8 activations.
+// Strips that share a scale of the activations.
 inline int64_t activation_strips(const QuantizedMatmul& call) {
   return call.activation_group ? call.activation_group / STRIP : strips_of(call.weight.depth);
 }

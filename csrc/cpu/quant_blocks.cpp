@@ -237,7 +237,7 @@ bool keeps_zero(const QuantizedMatmul& call) {
 
 template <class F, class K>
 bool multiply_digits(const QuantizedMatmul& call, const Finisher& finish) {
-  if (call.int8_activations) return multiply<F, K, 1>(call, finish);
+  if (call.rounding == Rounding::int8) return multiply<F, K, 1>(call, finish);
   if (call.x_dtype == DType::f32) {
     // Weights far from zero make sums that cancel, and show what digits leave of an element.
     return !K::KEEPS_ZERO && multiply<F, K, 3>(call, finish);

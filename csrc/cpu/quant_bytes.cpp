@@ -237,7 +237,7 @@ bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish) {
   with_format(call.weight.format, [&](auto format) {
     using F = decltype(format);
     if constexpr (F::IS_INTEGER) {
-      if (call.int8_activations) {
+      if (call.rounding == Rounding::int8) {
         done = multiply<F, 1>(call, finish);
       } else if (call.x_dtype == DType::f32) {
         done = multiply<F, 3>(call, finish);

@@ -20,12 +20,17 @@ bool multiply_byte_blocks(const QuantizedMatmul& call, const Finisher& finish);
 // AVX-512 or if x does not fit.
 bool multiply_pairs(const QuantizedMatmul& call, const Finisher& finish);
 
+// A weight in fp8 with bfloat16 or fp8 activations. False, with nothing written, without AVX-512, with
+// others, or if x does not fit.
+bool multiply_fp8_pairs(const QuantizedMatmul& call, const Finisher& finish);
+
 // With a weight of plain numbers; x is (rows, depth), filled up to whole strips with zeros.
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                     int64_t x_stride);
 
 // On AMX tiles. False, with nothing written, where there are none or they do not fit.
 bool multiply_byte_tiles(const QuantizedMatmul& call, const Finisher& finish);
+bool multiply_fp8_tiles(const QuantizedMatmul& call, const Finisher& finish);
 bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                           int64_t x_stride);
 

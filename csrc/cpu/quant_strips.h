@@ -157,6 +157,14 @@ struct Fp8 : Traits<8, 1, false, false> {
   }
 };
 
+// The codes alone, for who applies the scales to the sums.
+struct Fp8Codes : Fp8 {
+  static void decode(const QuantizedWeight& w, int64_t panel, int64_t strip, int lane, Strip& s) {
+    Fp8::decode(w, panel, strip, lane, s);
+    s.scale[0][lane / W] = F32::all(1);
+  }
+};
+
 // --- GGUF: blocks of 32 ---------------------------------------------------------------------------
 
 template <int BLOCK_BYTES>

@@ -29,6 +29,7 @@ inline I32 operator<<(I32 a, unsigned n) { return _mm512_slli_epi32(a.v, n); }
 inline I32 shift_signed(I32 a, unsigned n) { return _mm512_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm512_castsi512_ps(a.v); }
+inline I32 bits_of(F32 a) { return _mm512_castps_si512(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -109,6 +110,7 @@ inline I32 operator<<(I32 a, unsigned n) { return _mm256_slli_epi32(a.v, n); }
 inline I32 shift_signed(I32 a, unsigned n) { return _mm256_srai_epi32(a.v, n); }
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a.v); }
 inline F32 bits_as_f32(I32 a) { return _mm256_castsi256_ps(a.v); }
+inline I32 bits_of(F32 a) { return _mm256_castps_si256(a.v); }
 inline I32 widen_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

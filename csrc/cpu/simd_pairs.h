@@ -59,9 +59,9 @@ constexpr Float8Table float8_table() {
   return table;
 }
 
-inline Pairs load_pairs(const Float8* p) {
+// Float8 in the lower halves of words, the upper ones zero.
+inline Pairs float8_pairs(__m512i words) {
   static constexpr Float8Table TABLE = float8_table();
-  const __m512i words = widen_bytes(&p->bits);
   const auto table = [](int i) { return _mm512_load_si512(TABLE.bits + 32 * i); };
   const __m512i small = _mm512_permutex2var_epi16(table(0), words, table(1));
   const __m512i large = _mm512_permutex2var_epi16(table(2), words, table(3));
@@ -70,6 +70,7 @@ inline Pairs load_pairs(const Float8* p) {
   const __m512i sign = _mm512_set1_epi16(INT16_MIN);
   return {_mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(words, 8), magnitude, 0xea)};
 }
+inline Pairs load_pairs(const Float8* p) { return float8_pairs(widen_bytes(&p->bits)); }
 
 // Pairs of 16-bit integers, whose products are added to 32-bit sums.
 struct Words {

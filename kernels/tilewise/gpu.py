@@ -112,6 +112,21 @@ def _architecture(index: int) -> str:
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
 
 
+def multiplies_fp8(x: torch.Tensor) -> bool:
+    """Whether the GPU of `x` has matrix instructions for float8 E4M3 as PyTorch has it (e4m3fn).
+
+    AMD's gfx942 has some for another E4M3 (e4m3fnuz), of half the values.
+    """
+    if _compilation is not None:
+        return _compilation.target in ("sm_90", "sm_100")
+    return x.device.type == "cuda" and _multiplies_fp8(x.device.index or 0)
+
+
+@functools.cache
+def _multiplies_fp8(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the device has; results must not depend on it."""

@@ -119,14 +119,15 @@ def _candidates(
     bits = {}
 
     def add(title: str, model: GPT) -> None:
-        for act in (None, "int8"):
+        acts = (None, "int8", "fp8") if title == "fp8" else (None, "int8")
+        for act in acts:
             logits = logits_of(model)
 
             def in_mode(window: torch.Tensor, logits: Logits = logits, act: Any = act) -> Any:
                 set_act(model, act)
                 return logits(window)
 
-            mode = f"{title}, act int8" if act else title
+            mode = f"{title}, act {act}" if act else title
             candidates[mode], bits[mode] = in_mode, bits_per_weight(model)
 
     add("as loaded", gpt)

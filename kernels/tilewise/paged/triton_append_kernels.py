@@ -11,23 +11,13 @@ rounds by adding and subtracting a number so large that what is left of the sum 
 import triton
 import triton.language as tl
 
+from tilewise.quant.triton_bytes import to_fp8
+
 
 @triton.jit
 def _round(x):
     """To the nearest integer, ties to even, for |x| < 2^22."""
     return (x + 12582912.0) - 12582912.0  # 1.5 x 2^23
-
-
-@triton.jit
-def _to_fp8(x):
-    """|x| <= 448 as the bytes of float8 e4m3, to nearest even."""
-    bits = x.to(tl.uint32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    bits = bits & 0x7FFFFFFF
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Subnormal numbers are multiples of 2^-9, the spacing of float32 from 2^14 on: adding rounds.
-    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    return (sign | tl.where(tl.abs(x) < 0.015625, small, normal)).to(tl.uint8)
 
 
 @triton.jit
@@ -145,7 +135,7 @@ def _append(
         row_scale = _scale_of(value, second, largest)
         codes = _codes(value, row_scale, largest)
         if FORMAT == "fp8":
-            stored = _to_fp8(codes)
+            stored = to_fp8(codes)
         elif FORMAT == "int8":
             stored = _round(codes).to(tl.int8)
         else:

@@ -4,6 +4,9 @@
 the nibbles, so a weight is repacked on its first use. Both are written for bfloat16 and round the
 scales to it, which stays within the agreement rule. Their float32 forms are refused: plain loops
 that add up one product after the other, with more rounding error than the rule allows.
+
+`_scaled_mm` multiplies fp8 by fp8, with a scale per row on either side, for x of any dtype; x is
+rounded by the definition's own code.
 """
 
 from __future__ import annotations
@@ -37,13 +40,21 @@ def why_not(
     n, k = weight.shape
     if x.device.type != "cpu":
         return f"only PyTorch's CPU kernels are used, x is on {x.device}"
+    if act == "fp8":
+        if x.dtype == torch.float64:
+            return "PyTorch's fp8 product adds up in float32, x is in float64"
+        if weight.group_size != PER_CHANNEL:
+            return "PyTorch's fp8 product takes a scale per row, not per group"
+        if 0 in (n, k, x.numel()):
+            return "PyTorch's fp8 product takes no empty matrices"
+        return None
     if x.dtype != torch.bfloat16:
         return (
             "PyTorch's kernels are vectorized for bfloat16 only; in other dtypes they add one "
             "product after the other, which breaks the agreement rule"
         )
     if act is not None:
-        return "PyTorch's kernels take no quantized activations"
+        return f"PyTorch's kernels take no activations in {act}"
     if weight.format == "int8":
         if weight.zeros is not None or weight.group_size != PER_CHANNEL:
             return "PyTorch's int8 kernel takes symmetric per-channel weights only"
@@ -71,7 +82,7 @@ def quantized_matmul(
     act: str | None = None,
 ) -> torch.Tensor:
     """PyTorch's product, then the rest as in the definition."""
-    y = _Product.apply(x, weight)
+    y = _Product.apply(x, weight, act)
     return naive.finish(y.float(), x, bias, activation, residual, adapter).to(x.dtype)
 
 
@@ -79,10 +90,14 @@ class _Product(torch.autograd.Function):
     """x W^T by a kernel without a derivative of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: QuantizedTensor, act: str | None
+    ) -> torch.Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
         rows = _aligned(x.reshape(-1, x.shape[-1]).contiguous())
-        if weight.format == "int8":
+        if act == "fp8":
+            y = scaled_product(rows, weight.to_rows())
+        elif weight.format == "int8":
             weight = weight.to_rows()
             scales = cast(torch.Tensor, weight.scales).flatten().bfloat16()
             y = torch._weight_int8pack_mm(rows, _aligned(weight.data.contiguous()), scales)
@@ -92,8 +107,20 @@ class _Product(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (grad.float() @ ctx.weight.dequantize()).bfloat16(), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return (grad.float() @ ctx.weight.dequantize()).to(ctx.dtype), None, None
+
+
+def scaled_product(rows: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+    """fp8 times fp8 in float32; of NaN in a weight's scale or x's, NaN."""
+    codes, scales = naive.quantize_groups(rows, PER_CHANNEL, "fp8")
+    return torch._scaled_mm(
+        codes[:, 0].to(torch.float8_e4m3fn),
+        weight.data.contiguous().mT,
+        scales[:, 0],
+        cast(torch.Tensor, weight.scales).reshape(1, -1).float(),
+        out_dtype=torch.float32,
+    )
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:

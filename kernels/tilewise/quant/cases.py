@@ -87,6 +87,7 @@ def _product(
 
 _INT8 = _own("int8", PER_CHANNEL)
 _INT4 = _own("int4", 32, symmetric=False)
+_FP8 = {"row": _own("fp8", PER_CHANNEL)} | {f"g{size}": _own("fp8", size) for size in (32, 64, 128)}
 
 _FORMATS: dict[str, MakeWeight] = {
     "int8": _INT8,
@@ -98,8 +99,8 @@ _FORMATS: dict[str, MakeWeight] = {
     "int4": _own("int4", PER_CHANNEL),
     "nf4-g64": _own("nf4", 64),
     "nf4": _own("nf4", PER_CHANNEL),
-    "fp8": _own("fp8", PER_CHANNEL),
-    "fp8-g32": _own("fp8", 32),
+    "fp8": _FP8["row"],
+    "fp8-g32": _FP8["g32"],
     "mxfp4": _own("mxfp4", 32),
 }
 _EVEN = {
@@ -170,6 +171,19 @@ CASES = [
     ),
     *(_case(f"act-int8-{name}", _product(_gguf(name), 7, 31, 256, act="int8")) for name in _GGUF),
     _case("act-int8-everything", _product(_INT4, 3, 16, 64, residual=True, rank=3, act="int8")),
+    *(
+        _case(f"act-fp8-{name}-{m}", _product(make, m, 31, 77, bias=True, act="fp8"), "bias")
+        for name, make in _FP8.items()
+        for m in (3, 7)
+    ),
+    _case("act-fp8-rows", _product(_FP8["g32"], (2, 7), 50, 333, act="fp8")),
+    _case("act-fp8-one", _product(_FP8["row"], 1, 1, 1, act="fp8")),
+    _case("act-fp8-empty", _product(_FP8["row"], 0, 16, 64, act="fp8")),
+    _case(
+        "act-fp8-everything",
+        _product(_FP8["row"], 20, 64, 96, activation="swiglu", residual=True, rank=3, act="fp8"),
+        "residual",
+    ),
 ]
 
 
@@ -226,6 +240,23 @@ COMPILED = [
         "quantized_matmul",
         "int8 activations",
         _product(_own("int4", 64), 64, 512, 4096, act="int8"),
+        dtypes=(torch.bfloat16,),
+    ),
+    *(
+        Case(
+            "quantized_matmul",
+            f"fp8 activations, {name}, {tokens}",
+            _product(_FP8[name], tokens, 512, 4096, act="fp8"),
+            dtypes=(torch.bfloat16,),
+        )
+        for name, tokens in (("row", 1), ("row", 16), ("row", 256), ("g64", 64))
+    ),
+    Case(
+        "quantized_matmul",
+        "fp8 activations, everything",
+        _product(
+            _FP8["row"], 64, 512, 4096, bias=True, activation="swiglu", residual=True, act="fp8"
+        ),
         dtypes=(torch.bfloat16,),
     ),
     Case(

@@ -28,8 +28,9 @@ class QuantLinear(nn.Module):
     Args:
         weight: (N, K).
         bias: (N,), floating point; stays a parameter if it is one.
-        act: None, or "int8" for `quantized_matmul`'s int8 activations. A choice of how to compute,
-            not a part of what is stored: it may be assigned at any time and no state dict has it.
+        act: None, "int8" or "fp8" (with a weight in fp8), as `quantized_matmul` takes it. A choice
+            of how to compute, not a part of what is stored: it may be assigned at any time and no
+            state dict has it.
 
     Shape: (..., K) to (..., N). The input's dtype must be the bias's.
     """

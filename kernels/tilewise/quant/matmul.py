@@ -12,6 +12,18 @@ from tilewise.quant.formats import QuantizedTensor
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "swiglu")
 
 
+def check_act(act: str | None, format: str) -> None:
+    """Refuse a mode of activations that does not exist, or not with weights of this format.
+
+    int8 codes go with any weight: what they are multiplied with is widened to whatever holds both.
+    fp8 codes are for the instructions that multiply fp8 by fp8, and no others gain by them.
+    """
+    if act is not None and act not in naive.LARGEST_CODE:
+        raise ValueError(f"act: must be None, 'int8' or 'fp8', got {act!r}")
+    if act == "fp8" and format != "fp8":
+        raise ValueError(f"act: 'fp8' needs a weight in format fp8, got one in {format}")
+
+
 def output_shape(
     x: torch.Tensor, weight: QuantizedTensor, activation: str | None
 ) -> tuple[int, ...]:
@@ -45,8 +57,7 @@ def _check_quantized_matmul(
         raise ValueError(f"activation: must be None or one of {wanted}, got {activation!r}")
     if activation == "swiglu" and n % 2:
         raise ValueError(f"weight: swiglu needs an even number of rows, got {n}")
-    if act not in (None, "int8"):
-        raise ValueError(f"act: must be None or 'int8', got {act!r}")
+    check_act(act, weight.format)
     if bias is not None:
         checks.like("bias", bias, "x", x)
         checks.has_shape("bias", bias, (n,), "weight's N")
@@ -142,9 +153,10 @@ def quantized_matmul(
             weight's rows is the gate, the second what it multiplies, and the output has N / 2.
         residual: the output's shape, x's dtype.
         adapter: the low-rank pair A (K, r) and B (r, N) of LoRA, x's dtype; B holds its scaling.
-        act: "int8" rounds x, before it meets the weight (not the adapter), to int8 with one
-            absmax scale per row and group: the weight's group size, the whole row for a
-            per-channel weight, 32 for GGUF formats. `naive.fake_quantize` says exactly how.
+        act: "int8" or "fp8" rounds x, before it meets the weight (not the adapter), to int8 or
+            float8 E4M3 with one absmax scale per row and group: the weight's group size, the
+            whole row for a per-channel weight, 32 for GGUF formats. `naive.quantize_groups` says
+            exactly how. "fp8" is for weights in format "fp8" alone.
         backend: see `tilewise.use_backend`.
         validate: also refuse a weight that holds a NaN or an infinity.
 

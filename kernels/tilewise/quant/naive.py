@@ -22,7 +22,7 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """activation(x W^T + x A B + bias) + residual, rounded once."""
     dtype = compute_dtype(x)
-    h = fake_quantize(x, activation_group(weight)) if act == "int8" else x
+    h = x if act is None else fake_quantize(x, activation_group(weight), act)
     y = F.linear(h.to(dtype), weight.dequantize(dtype))
     return finish(y, x, bias, activation, residual, adapter).to(x.dtype)
 
@@ -69,27 +69,47 @@ def activate(y: torch.Tensor, activation: str | None) -> torch.Tensor:
     return y
 
 
+LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
+"""What x may be rounded to by `act`, and the largest code: of int8, or of float8 E4M3."""
+
+
 def activation_group(weight: QuantizedTensor) -> int:
-    """How many elements of x share a scale under act="int8"; -1 for a whole row."""
+    """How many elements of x share a scale where `act` rounds them; -1 for a whole row."""
     return 32 if FORMATS[weight.format].is_gguf else weight.group_size
 
 
-def fake_quantize(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """x rounded to int8 codes times one scale per row and group; the gradient passes straight.
+def quantize_groups(
+    x: torch.Tensor, group_size: int, act: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x and one scale per row and group, in float32 whatever x's dtype is.
 
-    In float32 whatever x's dtype is: scale = max|x| / 127, code = round-half-even(x / scale),
-    clamped to +-127, and x becomes code * scale. A group of zeros stays zero; a group with a NaN
-    or an infinity becomes NaN.
+    scale = max|x| / largest code, code = x / scale rounded to the nearest code, ties to even,
+    clamped to +-largest. A group of zeros has scale 0; one with a NaN or an infinity codes or a
+    scale that make it NaN.
+
+    Returns:
+        (..., groups, group size), the last group filled up with zeros, and (..., groups, 1).
+    """
+    k, largest = x.shape[-1], LARGEST_CODE[act]
+    size = group_size if group_size > 0 else max(k, 1)
+    groups = F.pad(x.float(), (0, -k % size)).unflatten(-1, (-(-k // size), size))
+    scale = groups.abs().amax(-1, keepdim=True) / largest
+    code = groups / torch.where(scale == 0, 1.0, scale)
+    if act == "int8":
+        return code.round().clamp(-largest, largest), scale
+    return code.clamp(-largest, largest).to(torch.float8_e4m3fn).float(), scale
+
+
+def fake_quantize(x: torch.Tensor, group_size: int, act: str = "int8") -> torch.Tensor:
+    """x rounded to codes times one scale per row and group; the gradient passes straight.
 
     Returns:
         x's shape, float32; float64 if x is, which changes only how x = code * scale is rounded.
+
+    Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022 (arXiv:2209.05433) for "fp8".
     """
-    k = x.shape[-1]
-    size = group_size if group_size > 0 else max(k, 1)
-    groups = F.pad(x.float(), (0, -k % size)).unflatten(-1, (-(-k // size), size))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    code = (groups / torch.where(scale == 0, 1.0, scale)).round().clamp(-127, 127)
     dtype = compute_dtype(x)
-    rounded = trim((code.to(dtype) * scale.to(dtype)).flatten(-2), k).detach()
+    code, scale = quantize_groups(x, group_size, act)
+    rounded = trim((code.to(dtype) * scale.to(dtype)).flatten(-2), x.shape[-1]).detach()
     # Straight-through estimator (Bengio et al., 2013, arXiv:1308.3432): x - x is exactly 0.
     return rounded + (x - x.detach()).to(dtype)

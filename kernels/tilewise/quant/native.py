@@ -30,6 +30,9 @@ _FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
 _ACTIVATION_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "swiglu": 4}
 """The order of C++'s `enum class Finish`."""
 
+_ACT_CODES = {None: 0, "int8": 1, "fp8": 2}
+"""The order of C++'s `enum class Rounding`."""
+
 
 def why_not(x: torch.Tensor, weight: QuantizedTensor, *others: Any, **options: Any) -> str | None:
     """Why the C++ kernels cannot take the call."""
@@ -58,7 +61,7 @@ def quantized_matmul(
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in float32; the gradient of int8 activations passes straight through their rounding."""
+    """x W^T in float32; the gradient passes straight through the rounding of x."""
 
     @staticmethod
     def forward(
@@ -104,7 +107,8 @@ def _quantized_matmul(
         None if residual is None else residual.contiguous(),
         None if adapter_a is None else adapter_a.contiguous(),
         None if adapter_b is None else adapter_b.contiguous(),
-        0 if act is None else naive.activation_group(weight),
+        _ACT_CODES[act],
+        naive.activation_group(weight),
         out,
     )
     return out

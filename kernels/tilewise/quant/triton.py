@@ -5,8 +5,8 @@ A few rows take `vector`, which reads the weight once and multiplies without ten
 the weight is unpacked once, into x's dtype, and PyTorch multiplies: its result is float32, so that
 `finish` still rounds once, unless nothing follows and PyTorch's one rounding is the same.
 
-With act="int8", whole numbers are multiplied for the formats that keep one scale for each group of
-the activations; otherwise x is rounded first and takes the way of any x.
+With `act`, codes of x are multiplied with those of the weight (`triton_activations.py`), or x is
+rounded first and takes the way of any x.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from tilewise import gpu, tuning
 from tilewise.library import needs_grad
 from tilewise.quant import naive
+from tilewise.quant import triton_activations as activations
 from tilewise.quant import triton_configs as configs
-from tilewise.quant import triton_int8 as int8
 from tilewise.quant.formats import QuantizedTensor
 from tilewise.quant.operators import (
     QUANTIZED_MATMUL,
@@ -38,9 +38,9 @@ def why_not(
 ) -> str | None:
     """Why the Triton kernels cannot take the call."""
     reason = gpu.why_not(x)
-    is_rounded = act is not None and weight.format not in int8.FORMATS
+    is_rounded = act is not None and not activations.multiplies_codes(x, weight, act)
     if reason is None and is_rounded and x.dtype != torch.float32:
-        # Such codes are no integers: x would be rounded to int8, scaled, and rounded once more.
+        # x would be rounded to int8, scaled, and rounded once more.
         return f"{weight.format} with int8 activations is too far off in 16 bits"
     return reason
 
@@ -67,7 +67,7 @@ def quantized_matmul(
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in float32; the gradient of int8 activations passes straight through their rounding."""
+    """x W^T in float32; the gradient passes straight through the rounding of x."""
 
     @staticmethod
     def forward(
@@ -166,9 +166,9 @@ def _run(
     is_few = m <= chosen.vector_rows
     if act is not None and k > 0:
         group = naive.activation_group(weight)
-        if not is_few and weight.format in int8.FORMATS:
-            return int8.product(x, weight, after, group, out)
-        x = int8.rounded(x, group, torch.float32 if is_few else x.dtype)
+        if not is_few and activations.multiplies_codes(x, weight, act):
+            return activations.product(x, weight, after, group, act, out)
+        x = activations.rounded(x, group, act, torch.float32 if is_few else x.dtype)
     if m >= chosen.whole and not is_few:
         return _whole(x, weight, after, out)
     is_pair = after.activation == "swiglu"

@@ -77,3 +77,26 @@ def nibble_codes(
     at = start[:, None, None] + (number * BLOCK_BYTES + AT + within)
     packed = load_bytes(data + at, number * 32 < K, EVEN)
     return packed & 15, packed >> 4
+
+
+# --- float8 E4M3 ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def to_fp8(x):
+    """|x| <= 448 as the bytes of float8 e4m3, to nearest even."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    bits = bits & 0x7FFFFFFF
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Subnormal numbers are multiples of 2^-9, the spacing of float32 from 2^14 on: adding rounds.
+    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    return (sign | tl.where(tl.abs(x) < 0.015625, small, normal)).to(tl.uint8)
+
+
+@triton.jit
+def fp8_values(code):
+    """Bytes in float32: exponent and mantissa are those of a float16 that is 2^8 times smaller."""
+    bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
+    value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tilewise.quant.triton_bytes import (
+    fp8_values,
     join_two,
     load,
     load_bytes,
@@ -66,16 +67,8 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _fp8_values(code):
-    """E4M3: its exponent and mantissa are those of a float16 that is 2^8 times smaller."""
-    bits = ((code & 0x7F) << 7) | ((code & 0x80) << 8)
-    value = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-
-
-@triton.jit
 def _e2m1_values(code):
-    """E2M1: as for E4M3, of a float16 that is 2^14 times smaller."""
+    """E2M1: as for E4M3 (`fp8_values`), of a float16 that is 2^14 times smaller."""
     bits = ((code & 7) << 9) | ((code & 8) << 12)
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
@@ -122,7 +115,7 @@ def _own_values(
     elif FORMAT == "nf4":
         values = tl.load(codebook + codes).to(tl.float32)
     elif FORMAT == "fp8":
-        values = _fp8_values(codes)
+        values = fp8_values(codes)
     else:
         tl.static_assert(FORMAT == "mxfp4")
         values = _e2m1_values(codes)

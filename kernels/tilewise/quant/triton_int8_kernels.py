@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of products with int8 activations: rows to codes, and codes times weights.
+"""The Triton kernel of products with int8 activations: whole numbers times whole codes.
 
 Within a group of the weight the product is of whole numbers and exact; scales multiply its result.
 What the zero points of the weight add is a product with the sums of the codes of x.
@@ -12,83 +12,6 @@ import triton.language as tl
 from tilewise.quant.triton_finish_kernels import store
 from tilewise.quant.triton_formats import weight_tile
 from tilewise.quant.triton_gguf_formats import block_codes, block_zero
-
-
-@triton.jit
-def quantize_rows(
-    x,
-    codes,
-    scales,
-    sums,
-    rounded,
-    K,
-    groups,
-    x_stride,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Some groups of a row as `naive.fake_quantize` rounds them.
-
-    Writes codes, scales and the sums of codes of the groups, or, if `rounded` is there, only the
-    values that x is rounded to. A row that is one group (GROUP is -1) takes two passes.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    if GROUP > 0:
-        group = tl.program_id(1) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
-        column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = column < K
-        h = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        scale = _scale_of(tl.max(tl.abs(h), 1), tl.max(tl.where(h - h == 0, 0, 1), 1))
-        code = _codes_of(h, scale[:, None])
-        if rounded is not None:
-            y = (code * scale[:, None]).to(rounded.dtype.element_ty)
-            tl.store(rounded + row * K + column, y, mask=inside)
-        else:
-            at = row * groups + group
-            here = codes + row * groups * GROUP + column
-            tl.store(here, code.to(tl.int8), mask=column < groups * GROUP)
-            tl.store(scales + at, scale, mask=group < groups)
-            tl.store(sums + at, tl.sum(code, 1).to(tl.int32), mask=group < groups)
-    else:
-        largest = tl.zeros([BLOCK], tl.float32)
-        is_bad = tl.zeros([BLOCK], tl.int32)
-        for k in range(0, K, BLOCK):
-            column = k + tl.arange(0, BLOCK)
-            h = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.abs(h))
-            is_bad |= tl.where(h - h == 0, 0, 1)
-        scale = _scale_of(tl.max(largest, 0), tl.max(is_bad, 0))
-        total = tl.zeros([BLOCK], tl.int32)
-        for k in range(0, K, BLOCK):
-            column = k + tl.arange(0, BLOCK)
-            h = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
-            code = _codes_of(h, scale)
-            if rounded is not None:
-                y = (code * scale).to(rounded.dtype.element_ty)
-                tl.store(rounded + row * K + column, y, mask=column < K)
-            else:
-                tl.store(codes + row * K + column, code.to(tl.int8), mask=column < K)
-                total += code.to(tl.int32)
-        if rounded is None:
-            tl.store(scales + row, scale)
-            tl.store(sums + row, tl.sum(total, 0))
-
-
-@triton.jit
-def _scale_of(largest, is_bad):
-    """NaN where something was not finite. Only a correctly rounded quotient is the definition's."""
-    scale = tl.div_rn(largest, tl.zeros_like(largest) + 127.0)
-    return tl.where(is_bad != 0, float("nan"), scale)
-
-
-@triton.jit
-def _codes_of(h, scale):
-    """Round to even by adding 1.5 * 2^23; NaN gives code 0, and the scale says NaN."""
-    quotient = tl.div_rn(h, tl.zeros_like(h) + tl.where(scale > 0, scale, 1.0))
-    quotient = tl.where(scale == scale, quotient, 0.0)
-    code = quotient + 12582912.0 - 12582912.0
-    return tl.minimum(tl.maximum(code, -127.0), 127.0)
 
 
 @triton.jit
@@ -121,7 +44,7 @@ def matmul_int8(
     """A tile of the product with int8 activations, in whole numbers within each group.
 
     Args:
-        x, x_scales, x_sums: what `quantize_rows` wrote.
+        x, x_scales, x_sums: what `triton_activation_kernels.quantize_rows` wrote.
         GROUP: of the activations, which is the weight's: BLOCK_K, or -1.
     """
     PAIR: tl.constexpr = ACTIVATION == "swiglu"
