@@ -75,6 +75,27 @@ def test_options(on: str, queries: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("is_mask", [False, True], ids=["added", "mask"])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 0, 200), (3, 1, 0, 200), (3, 1, 1, 200), (4, 0, 1), (0, 200), (200,)], ids=str
+)
+def test_bias(on: str, shape: tuple[int, ...], queries: int, is_mask: bool) -> None:
+    """Of each query where a dimension is 0; a value behind the causal mask may be anything."""
+    inputs = Inputs(device=on)
+    shape = tuple(queries if n == 0 else n for n in shape)
+    bias = inputs.randn(*shape)
+    if is_mask:
+        bias = inputs.rand(*shape) < 0.75
+    else:
+        bias[..., :70] = -torch.inf
+        if shape[-2:] == (3, 200):
+            bias[..., 0, 198:] = bias[..., 1, 199:] = torch.nan
+    agrees(call(on, queries, 200) | {"bias": bias})
+    agrees(call(on, queries, 200) | {"bias": bias, "softcap": 2.0})
+
+
+@pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize(("dim", "v_dim"), [(24, 24), (80, 16), (16, 40)])
 def test_heads_of_two_blocks(on: str, dim: int, v_dim: int) -> None:
     agrees(call(on, 2, 130, dim=dim, v_dim=v_dim))
@@ -123,19 +144,22 @@ def test_a_paged_cache_gives_the_same_bits(on: str) -> None:
 
 
 @pytest.mark.usefixtures("short_splits")
-def test_gradients(on: str) -> None:
+@pytest.mark.parametrize("names", [QKV, (*QKV, "bias")], ids=["plain", "bias"])
+def test_gradients(on: str, names: tuple[str, ...]) -> None:
     def gradients(arguments: dict[str, Any], backend: str) -> tuple[torch.Tensor, ...]:
-        arguments = arguments | {name: arguments[name].clone() for name in QKV}
-        leaves = [arguments[name].requires_grad_() for name in QKV]
+        arguments = arguments | {name: arguments[name].clone() for name in names}
+        leaves = [arguments[name].requires_grad_() for name in names]
         out, lse = flash_attention(**arguments, backend=backend)
         grads: tuple[torch.Tensor, ...] = torch.autograd.grad(out.sum() + lse.sum(), leaves)
         return grads
 
     arguments = call(on, 3, 130)
+    if "bias" in names:
+        arguments["bias"] = Inputs(device=on).randn(3, 1, 3, 130)
     actual = gradients(arguments, "triton")
     naive = gradients(arguments, "naive")
     truth = gradients(testing.to_float64(arguments), "naive")
-    for name, *result in zip(QKV, actual, naive, truth, strict=True):
+    for name, *result in zip(names, actual, naive, truth, strict=True):
         # As in `attention/cases.py`; the error is the same where no key is split.
         testing.assert_agrees(*result, name=name, floor=1.25 if name == "v" else 2.5)
 
@@ -148,7 +172,7 @@ def test_gradients(on: str) -> None:
         (32, 513, {}, {"paged_attention", "merge_splits"}),
         (33, 513, {}, {"forward"}),  # 66 rows
         (1, 512, {}, {"forward"}),
-        (1, 513, {"bias": torch.zeros(513)}, {"forward"}),
+        (1, 513, {"bias": torch.zeros(513)}, {"paged_attention", "merge_splits"}),
     ],
 )
 def test_which_kernels_a_call_takes(

@@ -11,7 +11,7 @@ import torch
 
 from tilewise import append_kv, gpu, paged_attention, testing
 from tilewise.fused.tables import rotary_tables
-from tilewise.paged import kv_formats, triton
+from tilewise.paged import cases, kv_formats, triton
 from tilewise.testing import Inputs
 
 compiles = pytest.mark.skipif(
@@ -29,6 +29,7 @@ def requests(
     queries: tuple[int, ...] | None = None,
     *,
     page_size: int = 8,
+    padding: int = 0,
     spare: int = 0,
     cache: str | None = None,
     head_dim: int = 16,
@@ -46,7 +47,7 @@ def requests(
         dtype = kv_formats.stored_dtype(cache)
         (k, k_scale), (v, v_scale) = kv_formats.encode(k, dtype), kv_formats.encode(v, dtype)
         arguments = {"k_cache": k, "v_cache": v, "k_scale": k_scale, "v_scale": v_scale}
-    tokens = len(seqlens) if queries is None else sum(queries)
+    tokens = len(seqlens) if queries is None else sum(queries) + padding
     if queries is not None:
         arguments["cu_seqlens_q"] = int32(*accumulate(queries, initial=0))
         arguments["causal"] = True
@@ -60,8 +61,9 @@ def requests(
     return testing.map_tensors(made, lambda x: x.to(inputs.device))
 
 
-def agrees(arguments: dict[str, Any]) -> None:
-    actual = paged_attention(**arguments, backend="triton")
+def agrees(arguments: dict[str, Any], actual: Any = None) -> None:
+    if actual is None:
+        actual = paged_attention(**arguments, backend="triton")
     naive = paged_attention(**arguments, backend="naive")
     truth = paged_attention(**testing.to_float64(arguments), backend="naive")
     for result in zip(actual, naive, truth, strict=True):
@@ -174,57 +176,196 @@ def test_pages_that_requests_share_change_no_bit(
     agrees(shared | options)
 
 
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What `find_shared` found in each call.
+
+    Between it and what reads keys, those that another takes along lose the pages that they share.
+    """
+    found: list[torch.Tensor] = []
+    launch = gpu.launch
+
+    def launch_and_blank(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launch(kernel, grid, *args, **options)
+        if kernel.__name__ != "find_shared":
+            return
+        takes, table, seqlens = args[:3]
+        found.append(takes.clone())
+        for request, split in (takes == 0).nonzero().tolist():
+            pages = (64 if seqlens[request] <= 256 else 128) // 8
+            table[request, split * pages : (split + 1) * pages] = -1
+
+    monkeypatch.setattr(gpu, "launch", launch_and_blank)
+    return found
+
+
+_MIXED = {
+    # Decoding; speculating; idle ones between; two blocks of float32 each; a prompt; and again.
+    "queries": (1, 1, 1, 3, 3, 3, 0, 3, 1, 9, 9, 33, 2, 2),
+    "seqlens": (200, 150, 300, 300, 290, 200, 40, 200, 192, 150, 140, 150, 129, 128),
+    "padding": 3,
+}
+
+
 @pytest.mark.usefixtures("short_splits")
-def test_a_nan_reaches_those_who_share_it(on: str) -> None:
-    shared, _ = shared_prefix(Inputs(device=on), (200, 200, 150), 18)
+@pytest.mark.parametrize(
+    ("options", "cache", "dtype"),
+    [
+        ({}, None, torch.float32),
+        ({}, None, torch.float16),
+        ({}, "fp8", torch.float32),
+        ({"causal": False, "window": (-1, 1)}, None, torch.float32),
+        (
+            {
+                "alibi_slopes": torch.linspace(0.01, 0.9, 14 * 4).reshape(14, 4),
+                "sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]),
+            },
+            None,
+            torch.float32,
+        ),
+    ],
+    ids=lambda value: " ".join(value or ["plain"]) if isinstance(value, dict) else str(value),
+)
+def test_ragged_requests_share_pages_and_no_bit_changes(
+    on: str,
+    takes: list[torch.Tensor],
+    options: dict[str, Any],
+    cache: str | None,
+    dtype: torch.dtype,
+) -> None:
+    options = testing.map_tensors(options, lambda x: x.to(on))
+    shared, apart = (
+        cases._poison_attention(testing.map_tensors(arguments, torch.clone)) | options
+        for arguments in shared_prefix(Inputs(dtype, on), prefix=17, cache=cache, **_MIXED)
+    )
+    table = shared["block_table"].clone()
+    expected = paged_attention(**apart, backend="triton")
+    with testing.nan_filled_empty():
+        actual = paged_attention(**shared, backend="triton")
+    agrees(apart, expected)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+    # Copies of the pages are not shared; and those taken along had no pages left to read.
+    assert [(found > 1).any() for found in takes] == [False, True]
+    assert not torch.equal(shared["block_table"], table)
+    control = paged_attention(**shared, backend="triton")[0]
+    assert not torch.equal(control, expected[0])
+
+    ends = list(accumulate(_MIXED["queries"], initial=0))
+    for i in (1, 4):
+        rows = slice(ends[i], ends[i + 1])
+        alone = shared | {
+            "q": shared["q"][rows],
+            "block_table": table[i : i + 1],
+            "cache_seqlens": shared["cache_seqlens"][i : i + 1],
+            "cu_seqlens_q": int32(0, ends[i + 1] - ends[i]).to(on),
+        }
+        if "alibi_slopes" in options:
+            alone["alibi_slopes"] = options["alibi_slopes"][i : i + 1]
+        for a, b in zip(actual, paged_attention(**alone, backend="triton"), strict=True):
+            assert torch.equal(a[rows], b)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("queries", [None, (2, 2, 2)], ids=["decode", "ragged"])
+def test_a_nan_reaches_those_who_share_it(on: str, queries: tuple[int, ...] | None) -> None:
+    shared, _ = shared_prefix(Inputs(device=on), (200, 200, 150), 18, queries=queries)
     table = shared["block_table"]
     for page, sees in ((table[0, 2], [True] * 3), (table[1, 22], [False, True, False])):
         poisoned = shared | {"v_cache": shared["v_cache"].clone()}
         poisoned["v_cache"][page, 1] = math.nan
         out, _ = paged_attention(**poisoned, backend="triton")
-        assert out.isnan().flatten(1).any(1).tolist() == sees
+        assert out.reshape(3, -1).isnan().any(1).tolist() == sees
+
+
+def found_shared(
+    on: str,
+    seqlens: tuple[int, ...],
+    table: torch.Tensor,
+    page_size: int,
+    queries: tuple[int, ...] | None = None,
+    *,
+    m: int = 16,
+    group: int = 4,
+    right: int = 0,
+) -> list[list[int]]:
+    """What `find_shared` finds; splits have 64 keys, or 128 where a request has more than 256."""
+    from tilewise.paged import triton_split_kernels as kernels
+
+    batch = len(seqlens)
+    takes = torch.full((batch, 4), -1, dtype=torch.int32, device=on)
+    ends = None if queries is None else int32(*accumulate(queries, initial=0)).to(on)
+    gpu.launch(
+        kernels.find_shared,
+        (-(-batch // 16), 4),
+        takes,
+        table.to(on),
+        int32(*seqlens).to(on),
+        ends,
+        batch,
+        batch if queries is None else sum(queries),
+        table.shape[1] * page_size,
+        table.stride(0),
+        right,
+        IS_RAGGED=queries is not None,
+        HAS_RIGHT=right >= 0,
+        GROUP=group,
+        M=m,
+        MIN_SPLIT=64,
+        MAX_SPLITS=4,
+        PAGE_SIZE=page_size,
+        REQUESTS=16,
+        BLOCK=16,
+    )
+    rows: list[list[int]] = takes.tolist()
+    return rows
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 8, 64, 256])
 def test_which_splits_are_shared(on: str, page_size: int) -> None:
-    """In fours; splits have 64 keys, or 128 where a request has more than 256."""
-    from tilewise.paged import triton_split_kernels as kernels
-
-    seqlens = (256, 192, 191, 300, 300, 290, 256, 256, 64, 64)
-    pages = -(-300 // page_size)
-    table = torch.arange(pages, dtype=torch.int32).repeat(len(seqlens), 1)
+    """By four at most."""
+    seqlens = (256, 192, 191, 300, 300, 290, 256, 256, 64, 64, 64)
+    table = torch.arange(-(-300 // page_size), dtype=torch.int32).repeat(len(seqlens), 1)
     table[7, 100 // page_size] = 999
     wanted = [
         [3, 3, 2, 1],  # three have two whole splits in common, and two of them a third one
         [0, 0, 0, 1],
         [0, 0, 1, 1],
-        [1, 1, 1, 1],  # cut in other places than those before; those behind are not asked
-        [2, 2, 1, 1],
+        [3, 3, 1, 1],  # cut in other places than those before and behind
         [0, 0, 1, 1],
-        [2, 1, 2, 2],
+        [0, 0, 1, 1],
+        [4, 1, 2, 2],
         [0, 1, 0, 0],
-        [2, 1, 1, 1],
         [0, 1, 1, 1],
+        [0, 1, 1, 1],
+        [1, 1, 1, 1],  # one too many
     ]
     if page_size == 256:  # the first page of request 7 is another in all its splits
-        wanted[6:8] = [[1, 1, 1, 1]] * 2
-    takes = torch.empty(len(seqlens), 4, dtype=torch.int32, device=on)
-    gpu.launch(
-        kernels.find_shared,
-        (3, 4),
-        takes,
-        table.to(on),
-        int32(*seqlens).to(on),
-        len(seqlens),
-        pages * page_size,
-        table.stride(0),
-        SHARE=4,
-        MIN_SPLIT=64,
-        MAX_SPLITS=4,
-        PAGE_SIZE=page_size,
-        BLOCK=16,
-    )
-    assert takes.tolist() == wanted
+        wanted[6:] = [[1] * 4, [1] * 4, [3, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
+    assert found_shared(on, seqlens, table, page_size) == wanted
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, -1])
+def test_which_splits_of_ragged_requests_are_shared(on: str, right: int) -> None:
+    """Those of as many tokens, where they have rows for a block and all see the whole split."""
+    queries = (1, 1, 1, 2, 2, 2, 3, 3, 0, 3, 3, 9, 9, 1, 1, 1, 1, 1)
+    seqlens = (192, 191, *[192] * 16)
+    table = torch.arange(24, dtype=torch.int32).repeat(len(queries), 1)
+    wanted = (3, 0, 0, 3, 0, 0, 2, 0, 1, 2, 0, 1, 1, 3, 0, 0)
+    wanted += (2, 0)  # behind those that a program looks at
+    # Not all tokens see all of the last split, [128, 192).
+    wanted_last = [1, 1, 1, *wanted[3:]]
+    if right in (0, 1):  # those of three tokens do not
+        wanted_last[6:8] = wanted_last[9:11] = [1, 1]
+    if right == 0:  # nor do those of two
+        wanted_last[3:6] = [1, 1, 1]
+    found = found_shared(on, seqlens, table, 8, queries, group=2, right=right)
+    assert [tuple(column) for column in zip(*found, strict=True)] == [
+        wanted,
+        wanted,
+        tuple(wanted_last),
+        (1,) * len(queries),
+    ]
 
 
 @pytest.mark.parametrize("cache", [None, "int8", "fp8"])
@@ -249,6 +390,19 @@ def test_lengths_that_make_no_sense_touch_nothing_outside(on: str) -> None:
         for seqlens in ((10**9, -3, 2), (0, 2**31 - 1, -(2**31))):
             paged_attention(
                 **arguments
+                | {"cu_seqlens_q": int32(*bad).to(on), "cache_seqlens": int32(*seqlens).to(on)},
+                backend="triton",
+            )
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_sharing_with_lengths_that_make_no_sense_touches_nothing_outside(on: str) -> None:
+    shared, _ = shared_prefix(Inputs(device=on), (200,) * 4, 25, queries=(2, 2, 1, 1))
+    shared["block_table"][:, 10] = 10**6
+    for bad in ((0, 2, 4, 10**9, 3), (2, 0, 2, 0, 2), (-7, -5, 1, 2, 3), (4, 5, 6, 7, 8)):
+        for seqlens in ((200, 10**9, 300, -1), (1, 1, 2**31 - 1, 2**31 - 1)):
+            paged_attention(
+                **shared
                 | {"cu_seqlens_q": int32(*bad).to(on), "cache_seqlens": int32(*seqlens).to(on)},
                 backend="triton",
             )

@@ -404,12 +404,12 @@ COMPILED = [
     ),
     *(
         _compiled(
-            f"Llama-3-8B decode, {tokens}",
-            _dense(tokens, 4096, **_LLAMA | {"batch": 2}),
+            f"Llama-3-8B decode, {tokens}{', bias' * (bias is not None)}",
+            _dense(tokens, 4096, **_LLAMA | {"batch": 2}, bias=bias),
             torch.bfloat16,
             grad=False,
         )
-        for tokens in (1, 4)
+        for tokens, bias in ((1, None), (4, None), (4, (4, 4096)))
     ),
     Case(
         "flash_attention_varlen",

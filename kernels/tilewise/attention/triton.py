@@ -119,11 +119,11 @@ def _flash_attention(
     from tilewise.paged import triton as paged
 
     alibi_slopes, sinks, bias, *mask, batch_invariant = options
-    if bias is not None or not paged.few_rows(q, k):
+    if not paged.few_rows(q, k):
         return _attend(q, k, v, None, None, *options)
     # The keys are split among programs as those of a paged cache are.
     q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
-    options = (*mask, alibi_slopes, sinks, None, batch_invariant)
+    options = (*mask, alibi_slopes, sinks, bias, batch_invariant)
     out, lse = paged.attend(q.flatten(0, 1), k, v, None, None, None, None, None, *options)
     return out.view(*q.shape[:3], -1), lse.view(q.shape[:3])
 

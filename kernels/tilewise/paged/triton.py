@@ -97,6 +97,8 @@ def few_rows(q: torch.Tensor, k: torch.Tensor) -> bool:
     return k.shape[1] > _MIN_SPLIT and (q.shape[1] == 1 or rows <= _SMALL_ROWS)
 
 
+_SHARERS = 64
+"""Requests among which a program looks for those that share a split: as many as can."""
 _MAX_WORKSPACE = 1 << 26
 """Floats of partial results, 256 MB. A batch that needs more is large enough to fill a GPU with
 fewer splits, unless its bits may not depend on it."""
@@ -139,6 +141,8 @@ def attend(
         q: (tokens, heads, head_dim).
         k_cache, v_cache: (pages, page_size, kv_heads, head_dim); without a table (batch, keys,
             kv_heads, head_dim), for which all requests have as many tokens, `few_rows` of them.
+        bias: broadcasts to (heads, tokens, keys that a table has room for); without a table to
+            (batch, heads, tokens of a request, keys).
         others: as `paged_attention` has them.
 
     Returns:
@@ -182,8 +186,14 @@ def attend(
     elif alibi_slopes is None and (bias is None or bias.dtype == torch.bool):
         score_scale *= _LOG2E
 
-    if bias is not None:
-        bias = bias.expand(heads, tokens, capacity)
+    bias_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if bias is not None and block_table is None:
+        # Token i of request b is number b * queries + i.
+        queries = tokens // batch
+        step, *rest = bias.expand(batch, heads, queries, capacity).stride()
+        bias_strides = (step - queries * rest[1], *rest)
+    elif bias is not None:
+        bias_strides = (0, *bias.expand(heads, tokens, capacity).stride())
     ks_strides = (0, 0, 0) if k_scale is None else k_scale.stride()
     vs_strides = (0, 0, 0) if v_scale is None else v_scale.stride()
     tensors = (
@@ -208,7 +218,7 @@ def attend(
         *vs_strides,
         0 if block_table is None else block_table.stride(0),
         heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-        *((0, 0, 0) if bias is None else bias.stride()),
+        *bias_strides,
         left,
         right,
         score_scale,
@@ -271,27 +281,31 @@ def attend(
     is_split = splits > 1
     partial_out = lse.new_empty(rows, splits, v_dim) if is_split else None
     partial_max, partial_sum = lse.new_empty(2, rows, splits) if is_split else (None, None)
-    share, takes = 1, None
-    # Rows with masks of their own do not see the same keys; a batch of one shares with nobody.
-    can_share = block_table is not None and not is_ragged and left < 0 and bias is None
-    if is_split and batch > 1 and can_share:
-        share = max(config.m // group, 1)
-    if share > 1 and block_table is not None:
+    takes = None
+    # Nobody shares where rows have masks of their own. Behind a window requests of different
+    # lengths read different keys, and not many of them.
+    can_share = is_split and batch > 1 and config.m >= 2 * group
+    if can_share and block_table is not None and left < 0 and bias is None:
         takes = block_table.new_empty(batch, splits)
         gpu.launch(
             split_kernels.find_shared,
-            (-(-batch // share), splits),
+            (-(-batch // _SHARERS), splits),
             takes,
-            *tensors[:2],
+            *tensors[:3],
             batch,
+            tokens,
             capacity,
             block_table.stride(0),
-            SHARE=share,
+            right,
+            IS_RAGGED=is_ragged,
+            HAS_RIGHT=right >= 0,
+            GROUP=group,
+            M=config.m,
             MIN_SPLIT=_MIN_SPLIT,
             MAX_SPLITS=max_splits,
             PAGE_SIZE=page_size,
-            BLOCK=min(power_of_two(-(-_MIN_SPLIT // page_size)), 512),
-            num_warps=1,
+            REQUESTS=_SHARERS,
+            BLOCK=min(power_of_two(-(-_MIN_SPLIT // page_size)), 32),
         )
     gpu.launch(
         kernels.paged_attention,
@@ -311,7 +325,6 @@ def attend(
         **constants,
         IS_SMALL=True,
         REQUEST_ROWS=small_rows,
-        SHARE=share,
         SPLITS=max(splits, 1),
         MAX_SPLITS=max_splits,
         M=config.m,
@@ -367,7 +380,6 @@ def attend(
             **constants,
             IS_SMALL=False,
             REQUEST_ROWS=0,
-            SHARE=1,
             SPLITS=1,
             MAX_SPLITS=1,
             M=config.m,

@@ -10,10 +10,11 @@ program of its own that leaves an unnormalised result, its maximum and its sum, 
 `triton_split_kernels.py` adds up. Where the cuts are depends on the request's own length alone, and
 so do a row's bits.
 
-Of a request that decodes, a block of M rows has but GROUP. Where neighbours in the batch have the
-same pages in a split, the first one's program takes the rows of all of them that fit, which would
-have been padding, and reads the keys once. It is the same code on a block of the same size, so no
-bit tells.
+A request of few tokens leaves most of a block of M rows empty. Where neighbours in the batch have
+as many tokens each and the same pages in a split, the first one's program takes the rows of all of
+them that fit, which would have been padding, and reads the keys once. It is the same code on a
+block of the same size, so no bit tells. In a ragged batch, too: the tokens of neighbours follow
+each other, and prompts among them only end a run.
 
 Nothing in a launch depends on values: programs look up what their part is, and those that have none
 return. A tile is found key by key (block_table[j // PAGE_SIZE], j % PAGE_SIZE), so that its size
@@ -76,6 +77,7 @@ def paged_attention(
     vs_head_stride,
     table_stride,
     alibi_stride,
+    bias_request_stride,  # beside that of its tokens
     bias_head_stride,
     bias_token_stride,
     bias_key_stride,
@@ -87,7 +89,6 @@ def paged_attention(
     IS_SMALL: tl.constexpr,  # whether the launch is for requests of few rows, or for the others
     SMALL_ROWS: tl.constexpr,
     REQUEST_ROWS: tl.constexpr,  # of a small request, at most
-    SHARE: tl.constexpr,  # requests that one program may take the rows of
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -130,7 +131,8 @@ def paged_attention(
     q_begin, q_len, seqlen = tokens_of_request(
         request, batch, cu_seqlens_q, cache_seqlens, tokens, capacity, IS_RAGGED
     )
-    rows = q_len * GROUP
+    request_rows = q_len * GROUP
+    rows = request_rows
     first_row = block * M
     if first_row >= rows:
         return
@@ -151,7 +153,7 @@ def paged_attention(
             if begin >= end:
                 return
             end = tl.minimum(end, begin + size)
-        if SHARE > 1:
+        if takes is not None:
             rows *= tl.load(takes + request.to(tl.int64) * SPLITS + split)
             if rows == 0:
                 return
@@ -160,16 +162,11 @@ def paged_attention(
     here = row < rows
     token = q_begin.to(tl.int64) + row // GROUP
     head = kv_head * GROUP + row % GROUP
-    row_request = token * 0 + request
-    row_seqlen = row * 0 + seqlen
+    # A split that is shared is seen as a whole by the first request's rows, and so by those behind
+    # them, as if all were the same request's.
     position = seqlen - q_len + row // GROUP
-    if SHARE > 1:  # every token is a request's last
-        row_request = token
-        row_seqlen = tl.load(cache_seqlens + token, mask=here, other=0)
-        row_seqlen = clamp(row_seqlen, 0, capacity)
-        position = row_seqlen - 1
     row_begin = position * 0
-    row_end = row_begin + row_seqlen
+    row_end = row_begin + seqlen
     if HAS_LEFT:
         row_begin = tl.maximum(position - left, 0)
         if not IS_RAGGED:
@@ -183,12 +180,18 @@ def paged_attention(
         q_2 = load_row(q_at + DIM_1, here, DIM_2, BLOCK_2).to(DTYPE)
     slope = tl.zeros([M], tl.float32)
     if HAS_ALIBI:
+        row_request = token * 0 + request
+        if takes is not None:
+            row_request += row // request_rows
+            row_seqlen = tl.load(cache_seqlens + row_request, mask=here, other=0)
+            position = clamp(row_seqlen, 0, capacity) - q_len + row % request_rows // GROUP
         at = row_request * alibi_stride + head
         has_slope = row < tl.where(is_padding, 0, rows)
         slope = tl.load(alibi_slopes + at, mask=has_slope, other=0.0).to(tl.float32)
     bias_at = bias
     if BIAS != "none":
         bias_at = bias + head.to(tl.int64) * bias_head_stride + token * bias_token_stride
+        bias_at += request.to(tl.int64) * bias_request_stride
         row_end = tl.where(here, row_end, 0)  # no bias to read there
     ks = k_scale
     vs = v_scale
@@ -281,6 +284,8 @@ def paged_attention(
 
     if SPLITS > 1:
         at = request.to(tl.int64) * REQUEST_ROWS + row
+        if takes is not None:  # each request has its own rows
+            at += row // request_rows * (REQUEST_ROWS - request_rows)
         at = (at * tl.num_programs(1) + kv_head) * SPLITS + split
         tl.store(partial_max + at, m, mask=here)
         tl.store(partial_sum + at, l, mask=here)

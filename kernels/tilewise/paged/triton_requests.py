@@ -109,3 +109,15 @@ def split_size(keys, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
     while size < tl.cdiv(keys, MAX_SPLITS):
         size *= 2
     return size
+
+
+@triton.jit
+def split_sizes(keys, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """`split_size` of several requests."""
+    largest = tl.full([], MIN_SPLIT, tl.int32)
+    size = keys * 0 + largest
+    longest = tl.max(keys, 0)
+    while largest < tl.cdiv(longest, MAX_SPLITS):
+        size = tl.where(largest < tl.cdiv(keys, MAX_SPLITS), largest * 2, size)
+        largest *= 2
+    return size

@@ -9,9 +9,40 @@ requests share once. There the caller says what is shared; here the block table 
 import triton
 import triton.language as tl
 
-from tilewise.paged.triton_requests import clamp, keys_of_block, split_size, tokens_of_request
+from tilewise.paged.triton_requests import (
+    keys_of_block,
+    split_size,
+    split_sizes,
+    tokens_of_request,
+)
 from tilewise.paged.triton_rows import is_finite, load_row
 from tilewise.paged.triton_softmax import LOG2E, normalise
+
+
+@triton.jit
+def _cut(
+    i,
+    batch,
+    cu_seqlens_q,
+    cache_seqlens,
+    tokens,
+    capacity,
+    right,
+    IS_RAGGED: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """The tokens of requests, the keys that all of those see, and the size of the splits."""
+    _, q_len, seqlen = tokens_of_request(
+        i, batch, cu_seqlens_q, cache_seqlens, tokens, capacity, IS_RAGGED
+    )
+    _, _, _, all_end = keys_of_block(
+        0, q_len * GROUP, q_len, seqlen, -1, right, GROUP, M, 1, False, HAS_RIGHT
+    )
+    return q_len, all_end, split_sizes(seqlen, MIN_SPLIT, MAX_SPLITS)
 
 
 @triton.jit
@@ -19,48 +50,89 @@ def find_shared(
     takes,  # (batch, splits)
     block_table,
     cache_seqlens,
+    cu_seqlens_q,
     batch,
+    tokens,
     capacity,
     table_stride,
-    SHARE: tl.constexpr,
+    right,
+    IS_RAGGED: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """How many requests, from each on, have the same keys in a split: as many, in the same pages.
+    """How many requests, from each on, one program takes a split of; 0 for those taken along.
 
-    It is 0 for those that an earlier one's program takes. A program plans for SHARE requests, and
-    no run goes on beyond them.
+    They have as many tokens each, their splits are as large, the split's keys are in the same
+    pages, and all their rows see all of it: nothing is masked, for any of them, shared or not. No
+    more are taken than have rows for a block of M. A program looks at REQUESTS of them, and no run
+    goes on beyond.
     """
-    first = tl.program_id(0) * SHARE
+    at = tl.arange(0, REQUESTS)
+    number = tl.program_id(0) * REQUESTS + at
     split = tl.program_id(1)
-    run = first * 0 + 1
-    for back in tl.static_range(SHARE):
-        request = first + (SHARE - 1 - back)
-        before = tl.maximum(request - 1, 0)
-        seqlen = clamp(tl.load(cache_seqlens + request, mask=request < batch, other=0), 0, capacity)
-        seqlen_before = clamp(
-            tl.load(cache_seqlens + before, mask=request < batch, other=0), 0, capacity
-        )
-        size = split_size(seqlen, MIN_SPLIT, MAX_SPLITS)
-        end = split * size + size
-        is_same = (request > first) & (end <= tl.minimum(seqlen, seqlen_before))
-        is_same = is_same & (split_size(seqlen_before, MIN_SPLIT, MAX_SPLITS) == size)
-        first_page = split * size // PAGE_SIZE
-        end_page = tl.where(is_same, tl.cdiv(end, PAGE_SIZE), first_page)
-        pages = block_table + request.to(tl.int64) * table_stride
-        pages_before = block_table + before.to(tl.int64) * table_stride
-        differences = tl.zeros([BLOCK], tl.int32)
-        for start in range(first_page, end_page, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            page = tl.load(pages + at, mask=at < end_page, other=-1)
-            page_before = tl.load(pages_before + at, mask=at < end_page, other=-1)
-            differences |= page ^ page_before
-        is_same = is_same & (tl.max((differences != 0).to(tl.int32), 0) == 0)
-        here = takes + request.to(tl.int64) * tl.num_programs(1) + split
-        tl.store(here, tl.where(is_same, 0, run), mask=request < batch)
-        run = tl.where(is_same, run + 1, 1)
+    request = tl.minimum(number, batch)
+    before = tl.maximum(request - 1, 0)
+    q_len, all_end, size = _cut(
+        request,
+        batch,
+        cu_seqlens_q,
+        cache_seqlens,
+        tokens,
+        capacity,
+        right,
+        IS_RAGGED,
+        HAS_RIGHT,
+        GROUP,
+        M,
+        MIN_SPLIT,
+        MAX_SPLITS,
+    )
+    q_len_before, all_end_before, size_before = _cut(
+        before,
+        batch,
+        cu_seqlens_q,
+        cache_seqlens,
+        tokens,
+        capacity,
+        right,
+        IS_RAGGED,
+        HAS_RIGHT,
+        GROUP,
+        M,
+        MIN_SPLIT,
+        MAX_SPLITS,
+    )
+    end = split * size + size
+    is_same = (at > 0) & (number < batch) & (q_len == q_len_before) & (size == size_before)
+    is_same = is_same & (end <= tl.minimum(all_end, all_end_before))
+
+    first_page = split * size // PAGE_SIZE
+    count = tl.where(is_same, tl.cdiv(end, PAGE_SIZE) - first_page, 0)
+    pages = block_table + request.to(tl.int64) * table_stride + first_page
+    pages_before = block_table + before.to(tl.int64) * table_stride + first_page
+    differences = tl.zeros([REQUESTS, BLOCK], tl.int32)
+    for start in range(0, tl.max(count, 0), BLOCK):
+        i = start + tl.arange(0, BLOCK)[None, :]
+        page = tl.load(pages[:, None] + i, mask=i < count[:, None], other=-1)
+        page_before = tl.load(pages_before[:, None] + i, mask=i < count[:, None], other=-1)
+        differences |= page ^ page_before
+    is_same = is_same & (tl.max((differences != 0).to(tl.int32), 1) == 0)
+
+    # Where the run that each is in begins, and where it ends.
+    is_first = is_same.to(tl.int32)[None, :] == 0
+    other = at[None, :]
+    begin = tl.max(tl.where(is_first & (other <= at[:, None]), other, 0), 1)
+    end = tl.min(tl.where(is_first & (other > at[:, None]), other, REQUESTS), 1)
+    room = tl.maximum(M // tl.maximum(q_len * GROUP, 1), 1)
+    taken = tl.where((at - begin) % room == 0, tl.minimum(end - at, room), 0)
+    here = takes + request.to(tl.int64) * tl.num_programs(1) + split
+    tl.store(here, taken, mask=number < batch)
 
 
 @triton.jit
