@@ -54,7 +54,7 @@ def choose_config(
     stages = (2, 1) if architecture == "gfx942" else (5, 3) if row <= 1024 else (3,)
     # Registers are what runs out first.
     is_crowded = row >= 1024 or has_bias
-    is_crowded |= architecture == "sm_80" and m >= 64 and stored_row != row
+    is_crowded |= architecture in ("sm_80", "sm_100") and m >= 64 and stored_row != row
     is_crowded |= architecture == "sm_86" and m >= 64
     n, num_stages = next(
         (
