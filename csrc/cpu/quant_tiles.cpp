@@ -3,9 +3,10 @@
 //
 // A number is a sum of up to three bfloat16 pieces, the next one what the last one left over: of
 // bfloat16 activations one, and the weight is rounded to one as well, which adds to a result about as
-// much error as its own rounding; of float16 two, of float32 three. The products of pieces that are
-// left out are below the precision of the result. (Henry, Tang and Heinecke, Leveraging the bfloat16
-// Artificial Intelligence Datatype For Higher-Precision Computations, 2019.)
+// much error as its own rounding, unless its zero points are far off; of float16 two, of float32 three.
+// The products of pieces that are left out are below the precision of the result. (Henry, Tang and
+// Heinecke, Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
+// 2019.)
 //
 // fp8 activations are one piece, for weights in fp8 with one scale a row: codes of both are exact in
 // bfloat16, and the sums are scaled.
@@ -17,6 +18,7 @@
 
 #if defined(__AMX_BF16__)
 
+#include <algorithm>
 #include <atomic>
 
 #include "cpu/tile_product.h"
@@ -147,6 +149,19 @@ bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, con
   return true;
 }
 
+// Whether a zero point is none of the codes, so that weights may be far from zero, all on one side: they
+// can add up to much less than what rounding them changes.
+bool has_far_zeros(const QuantizedMatmul& call) {
+  const QuantizedWeight& w = call.weight;
+  if (w.format != Format::int4 || !w.zeros) return false;
+  const int64_t count = panels_of(w.rows) * w.groups * PANEL_ROWS;
+  for (int64_t i = 0; i < call.segment_count; ++i) {
+    const uint8_t* zeros = w.zeros + call.segments[i].weight * count;
+    if (*std::max_element(zeros, zeros + count) > 15) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 bool multiply_fp8_tiles(const QuantizedMatmul& call, const Finisher& finish) {
@@ -171,7 +186,10 @@ bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, c
   with_format(call.weight.format, [&](auto format) {
     using F = decltype(format);
     switch (dtype) {
-      case DType::bf16: done = multiply_floats_in<F, 1>(call, finish, x, x_stride); return;
+      case DType::bf16:
+        done = has_far_zeros(call) ? multiply_floats_in<F, 2>(call, finish, x, x_stride)
+                                   : multiply_floats_in<F, 1>(call, finish, x, x_stride);
+        return;
       case DType::f16: done = multiply_floats_in<F, 2>(call, finish, x, x_stride); return;
       default: done = multiply_floats_in<F, 3>(call, finish, x, x_stride); return;
     }
