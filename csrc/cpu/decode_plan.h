@@ -19,6 +19,13 @@ struct Request {
   int32_t tasks;     // per key head
 };
 
+// One query of one head in a task.
+struct DecodeRow {
+  const Request* request;
+  int64_t query, head;  // within the sequence, within the call
+  Span span;
+};
+
 // One split for some rows of one or more requests, whose keys in it are the same.
 struct Work {
   int64_t split;

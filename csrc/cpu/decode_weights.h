@@ -12,13 +12,6 @@
 
 namespace tilewise {
 
-// One query of one head in a task.
-struct DecodeRow {
-  const Request* request;
-  int64_t query, head;  // within the sequence, within the call
-  Span span;
-};
-
 class DecodeWeights {
  public:
   // Scales of one head's keys and values in a block.

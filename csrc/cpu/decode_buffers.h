@@ -1,0 +1,93 @@
+// What a call of decode attention works with: the sizes of its rows, and the buffers of a task.
+#pragma once
+
+#include "cpu/decode_block.h"
+#include "cpu/decode_plan.h"
+#include "cpu/decode_rows.h"
+#include "cpu/workspace.h"
+
+namespace tilewise {
+
+constexpr int64_t SCORE_STRIDE = BLOCK + STEP;
+// A tile of keys, and the next one that is being fetched, are in the second-level cache, with room to
+// spare for what else is there.
+constexpr int64_t TILE_BYTES = 64 * 1024;
+
+static_assert(BLOCK % STEP == 0 && STEP % F32::WIDTH == 0, "nested");
+
+struct DecodeSizes {
+  int64_t runs;                        // of a row: two in an int4 cache
+  int64_t k_size, v_size;              // of a row, padded
+  int64_t k_bytes, v_bytes;            // of a row in the cache
+  int64_t k_head_bytes, v_head_bytes;  // from one head's to the next
+  int64_t heads;                       // that a task takes, or fewer
+  int64_t tile;  // keys that every head takes before any goes on: BLOCK or a part of it
+
+  DecodeSizes(const Attention& a, int64_t heads_per_task)
+      : runs(a.kv_dtype == DType::i4 ? 2 : 1),
+        k_size(runs * round_up(a.dim / runs, F32::WIDTH)),
+        v_size(runs * round_up(a.v_dim / runs, F32::WIDTH)),
+        k_bytes(a.dim * element_size(a.kv_dtype) / runs),
+        v_bytes(a.v_dim * element_size(a.kv_dtype) / runs),
+        k_head_bytes(a.k.head_stride * element_size(a.kv_dtype)),
+        v_head_bytes(a.v.head_stride * element_size(a.kv_dtype)),
+        heads(heads_per_task),
+        tile(BLOCK) {
+    while (tile > STEP && tile * heads * std::max(k_bytes, v_bytes) > TILE_BYTES) tile /= 2;
+  }
+
+  CacheRows keys(const Block& block, int64_t j, int64_t head) const {
+    return {block.k + j, head * k_head_bytes};
+  }
+  CacheRows values(const Block& block, int64_t j, int64_t head) const {
+    return {block.v + j, head * v_head_bytes};
+  }
+  // What to fetch meanwhile: the next tile, at last the values, and at their end the next block.
+  CacheRows after_keys(const Block& block, int64_t end, int64_t head) const {
+    return end < block.count ? keys(block, end, head) : values(block, block.first, head);
+  }
+  CacheRows after_values(const Block& block, int64_t j, int64_t end, const Block& next,
+                         int64_t head) const {
+    if (end < block.count) return values(block, end, head);
+    return next.count > 0 ? keys(next, next.first, head) : values(block, j, head);
+  }
+};
+
+// Of `rows` query rows, and whatever `more` floats somebody needs: uninitialised.
+struct DecodeBuffers {
+  DecodeBuffers(int64_t rows, const DecodeSizes& sizes, int64_t more)
+      : memory(make_workspace<float>(rows * (sizes.k_size + sizes.v_size + SCORE_STRIDE + 2) +
+                                     more + F32::WIDTH)),
+        queries(memory.get()),
+        out(queries + rows * sizes.k_size),
+        scores(out + rows * sizes.v_size),
+        others(scores + rows * SCORE_STRIDE),
+        maxima(others + more),
+        sums(maxima + rows) {}
+
+  Workspace<float> memory;
+  float *queries, *out, *scores, *others, *maxima, *sums;
+};
+
+// The rows of a task: `count` of each head.
+struct TaskRows {
+  const DecodeRow* at;
+  int64_t heads, count;
+
+  int64_t all() const { return heads * count; }
+};
+
+// Row r of float32 or narrower elements.
+inline char* row_of(float* rows, int64_t r, int64_t size) {
+  return reinterpret_cast<char*>(rows + r * size);
+}
+
+// Calls f(j, end, h) for each head's keys [j, end) of a block, one tile of keys after the other.
+template <class F>
+inline void for_tiles(const Block& block, int64_t tile, int64_t heads, const F& f) {
+  for (int64_t j = block.first; j < block.count; j += tile) {
+    for (int64_t h = 0; h < heads; ++h) f(j, std::min(j + tile, block.count), h);
+  }
+}
+
+}  // namespace tilewise
