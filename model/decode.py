@@ -167,16 +167,14 @@ class Decoder:
         if (graph := self._recorded()) is not None:
             graph.replay()
             return self._result
-        is_first = (
-            self._calls == 1
-        )  # lays out weights and makes tables, which is not to be repeated
-        if self._graph is None and not is_first and self._record():
+        # The first step lays out weights and makes tables, which a recording should not repeat.
+        if self._graph is None and self._calls > 1 and self._record():
             return self._result
         return self._run()
 
     @torch.no_grad()
     def steps(self, sequences: Sequence[int], token_ids: Sequence[int], count: int) -> torch.Tensor:
-        """A number of steps, each of which is fed what the one before chose; needs a sampler.
+        """A number of steps, each of which is fed what the one before chose.
 
         Args:
             sequences, token_ids: as in `step`.
@@ -188,8 +186,13 @@ class Decoder:
             the cache then.
 
         Raises:
+            ValueError: for another count, or where there is no sampler.
             OutOfPages: if the cache has no room for `count` more tokens of each.
         """
+        if self._sampler is None:
+            raise ValueError("sampler: must be there for several steps, got None")
+        if not 1 <= count <= MOST_STEPS:
+            raise ValueError(f"count: must be from 1 to {MOST_STEPS}, got {count}")
         graph = self._recorded()
         if graph is None:
             return self.step(sequences, token_ids)[None]

@@ -13,7 +13,7 @@ import tilewise
 from tilewise import native
 from tilewise.graph import CpuGraph
 from tilewise.model import generate, load
-from tilewise.model.decode import MOST_STEPS, Decoder
+from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
 from tilewise.paged import PagedKVCache
 
 needs_cpu = pytest.mark.skipif(
@@ -120,3 +120,13 @@ def test_several_steps_at_once_choose_the_same_tokens(tmp_path, monkeypatch, opt
         assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
     if "stop" in options:
         assert len({len(a.token_ids) for a in at_once}) > 1
+
+
+def test_steps_that_cannot_be_taken_are_refused(gpt):
+    cache = PagedKVCache(gpt.config.layers, 4, 4, gpt.config.kv_heads, gpt.config.head_dim)
+    sequence = cache.add_sequence()
+    with pytest.raises(ValueError, match="sampler: must be there"):
+        Decoder(gpt, cache, 1).steps([sequence], [1], 2)
+    sampler = Sampler(1, 16, "cpu", {"repetition_penalty": 1})
+    with pytest.raises(ValueError, match=f"count: must be from 1 to {MOST_STEPS}, got 9"):
+        Decoder(gpt, cache, 1, sampler).steps([sequence], [1], 9)
