@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tilewise import gpu, native
+from tilewise.paged import triton
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -73,6 +74,13 @@ def on(device: str) -> str:
     if reason:
         pytest.skip(f"triton: {reason}")
     return device
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's paged attention few keys make several splits, and twice as many longer ones."""
+    monkeypatch.setattr(triton, "_MIN_SPLIT", 64)
+    monkeypatch.setattr(triton, "_MAX_SPLITS", 4)
 
 
 @pytest.fixture

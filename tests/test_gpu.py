@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -60,15 +61,22 @@ def test_says_that_triton_is_missing(interpreted, monkeypatch):
     assert gpu.why_not(torch.zeros(1)) == "the package triton is not installed"
 
 
+@contextmanager
+def of_gpu(monkeypatch, hip, capability, answer):
+    """A remembered answer, such as `gpu._architecture`, as a machine with this GPU gives it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    answer.cache_clear()
+    try:
+        yield answer
+    finally:
+        answer.cache_clear()
+
+
 @pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
 def test_refuses_a_gpu_that_is_too_old(monkeypatch, capability, refused):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    gpu._why_not_gpu.cache_clear()
-    try:
-        reason = gpu._why_not_gpu(0)
-    finally:
-        gpu._why_not_gpu.cache_clear()
+    with of_gpu(monkeypatch, None, capability, gpu._why_not_gpu) as why_not_gpu:
+        reason = why_not_gpu(0)
     expected = "needs compute capability 8.0 or more, this GPU has 7.5"
     assert reason == (expected if refused else None)
 
@@ -87,13 +95,8 @@ def test_refuses_a_gpu_that_is_too_old(monkeypatch, capability, refused):
     ],
 )
 def test_the_architecture_that_configurations_are_chosen_by(monkeypatch, hip, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    gpu._architecture.cache_clear()
-    try:
-        assert gpu._architecture(0) == expected
-    finally:
-        gpu._architecture.cache_clear()
+    with of_gpu(monkeypatch, hip, capability, gpu._architecture) as architecture:
+        assert architecture(0) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,13 +110,8 @@ def test_the_architecture_that_configurations_are_chosen_by(monkeypatch, hip, ca
     ],
 )
 def test_which_gpus_multiply_fp8(monkeypatch, hip, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    gpu._multiplies_fp8.cache_clear()
-    try:
-        assert gpu._multiplies_fp8(0) == expected
-    finally:
-        gpu._multiplies_fp8.cache_clear()
+    with of_gpu(monkeypatch, hip, capability, gpu._multiplies_fp8) as multiplies_fp8:
+        assert multiplies_fp8(0) == expected
 
 
 # --- launching ------------------------------------------------------------------------------------

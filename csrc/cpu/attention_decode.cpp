@@ -138,7 +138,7 @@ class Decode {
       first = std::min(first, span.first);
       end = std::max(end, span.end);
     }
-    products_.clear(rows.all(), b);
+    std::fill_n(b.out, rows.all() * sizes_.v_size, 0.0f);
     first = std::max(first, split * DECODE_SPLIT);
     end = std::min(end, (split + 1) * DECODE_SPLIT);
     if (first >= end) return true;

@@ -55,10 +55,6 @@ class DecodeIntegerProducts {
     expand(q, a_.dim, row_of(b.queries, r, sizes_.k_size));
   }
 
-  void clear(int64_t rows, Buffers& b) const {
-    std::fill(b.out, b.out + rows * sizes_.v_size, 0.0f);
-  }
-
   // b.scores = queries . keys
   void score(const Block& block, const TaskRows& rows, Buffers& b, bool) const {
     static constexpr decltype(&dot_transposed<1>) dot_others[ROWS] = {

@@ -43,10 +43,6 @@ class DecodeProducts {
     }
   }
 
-  void clear(int64_t rows, Buffers& b) const {
-    std::fill(b.out, b.out + rows * sizes_.v_size, 0.0f);
-  }
-
   // b.scores = queries . keys
   void score(const Block& block, const TaskRows& rows, Buffers& b, bool careful) const {
     const bool expand = expands(rows, careful);

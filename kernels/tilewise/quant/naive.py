@@ -100,7 +100,7 @@ def quantize_groups(
     return code.clamp(-largest, largest).to(torch.float8_e4m3fn).float(), scale
 
 
-def fake_quantize(x: torch.Tensor, group_size: int, act: str = "int8") -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, group_size: int, act: str) -> torch.Tensor:
     """x rounded to codes times one scale per row and group; the gradient passes straight.
 
     Returns:

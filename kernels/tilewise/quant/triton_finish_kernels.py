@@ -1,14 +1,28 @@
 # mypy: allow-untyped-defs
-"""What follows a product with quantized weights, in Triton, in float32 and rounded once.
+"""Where a product with quantized weights goes, in Triton, and what follows it, rounded once.
 
-The adapter, the bias, the activation, the residual, in this order. The half of a weight that is
-swiglu's gate and the half that it multiplies are two accumulators of one program. Where K was split
-among programs each has written its part of the sums, and `finish` adds them up in order first.
+The adapter, the bias, the activation, the residual, in this order and in float32. The half of a
+weight that is swiglu's gate and the half that it multiplies are two accumulators of one program.
+Where K was split among programs each has written its part of the sums, and `finish` adds them up
+in order first.
 """
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def place(M, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows n of the weight and m of x that a program multiplies, int64 and not clamped.
+
+    Programs of the same rows of the weight run together.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0)
+    m = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return n, m
 
 
 @triton.jit
@@ -56,7 +70,7 @@ def store(
     out,
     ACTIVATION: tl.constexpr,
 ):
-    """Finish y (BLOCK_N, BLOCK_M) and write it; n and m are not clamped, int64."""
+    """Finish y (BLOCK_N, BLOCK_M) and write it; n and m are those of `place`."""
     OUT = N // 2 if ACTIVATION == "swiglu" else N
     inside = (n < OUT)[:, None] & (m < M)[None, :]
     n_in, m_in = tl.minimum(n, OUT - 1), tl.minimum(m, M - 1)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from tilewise.quant.triton_bytes import fp8_values, load
-from tilewise.quant.triton_finish_kernels import store
+from tilewise.quant.triton_finish_kernels import place, store
 
 
 @triton.jit
@@ -57,10 +57,7 @@ def matmul_fp8(
     """
     PAIR: tl.constexpr = ACTIVATION == "swiglu"
     OUT = N // 2 if PAIR else N
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0)
-    m = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, m = place(M, BLOCK_N, BLOCK_M)
     m_in, rows = tl.minimum(m, M - 1), tl.minimum(n, OUT - 1)
     y = _accumulate_fp8(
         x, x_scales, m_in, data, scales, rows, K, row_bytes, groups,

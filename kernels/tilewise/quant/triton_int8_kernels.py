@@ -9,7 +9,7 @@ What the zero points of the weight add is a product with the sums of the codes o
 import triton
 import triton.language as tl
 
-from tilewise.quant.triton_finish_kernels import store
+from tilewise.quant.triton_finish_kernels import place, store
 from tilewise.quant.triton_formats import weight_tile
 from tilewise.quant.triton_gguf_formats import block_codes, block_zero
 
@@ -49,10 +49,7 @@ def matmul_int8(
     """
     PAIR: tl.constexpr = ACTIVATION == "swiglu"
     OUT = N // 2 if PAIR else N
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0)
-    m = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, m = place(M, BLOCK_N, BLOCK_M)
     m_in, rows = tl.minimum(m, M - 1), tl.minimum(n, OUT - 1)
     y = _accumulate_int8(
         x, x_scales, x_sums, m_in, data, scales, zeros, rows, K, row_bytes, groups,

@@ -11,7 +11,7 @@ alone, also where K is split among programs. What follows is in `triton_finish_k
 import triton
 import triton.language as tl
 
-from tilewise.quant.triton_finish_kernels import store_or_part
+from tilewise.quant.triton_finish_kernels import place, store_or_part
 from tilewise.quant.triton_formats import weight_tile
 
 
@@ -102,13 +102,10 @@ def matmul(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of the product on tensor cores. Tiles of the same rows of the weight run together."""
+    """A tile of the product on tensor cores."""
     PAIR: tl.constexpr = ACTIVATION == "swiglu"
     OUT = N // 2 if PAIR else N
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0)
-    m = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, m = place(M, BLOCK_N, BLOCK_M)
     rows = tl.minimum(n, OUT - 1)
     begin = tl.program_id(1) * k_per_split
     y, up = accumulate(
