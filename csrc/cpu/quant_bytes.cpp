@@ -22,6 +22,7 @@ constexpr int CHUNK = 2;                       // strips that are decoded at a t
 constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight where x has few rows: it streams
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
+constexpr int64_t SMALL_DEPTH = 4096;          // rows of x up to here are split on the stack
 
 // Sums of rows of x with the 16 rows of a panel: in memory where there are many, else in registers.
 struct SumsInMemory {
@@ -110,8 +111,8 @@ class SplitRows {
     data_ = make_workspace<Chunk>(rows_ * ((strips + CHUNK - 1) / CHUNK));
     std::atomic<bool> possible{true};
     parallel_rows(rows_, strips * STRIP, [&](int64_t m) {
-      const auto row = make_workspace<float>(strips * STRIP);
-      const auto split = make_workspace<SplitStrip<DIGITS>>(strips);
+      const SmallWorkspace<float, SMALL_DEPTH> row(strips * STRIP);
+      const SmallWorkspace<SplitStrip<DIGITS>, SMALL_DEPTH / STRIP> split(strips);
       load_row(call, m, row.get());
       if (!split_row(row.get(), depth, group, halves, split.get())) possible = false;
       for (int64_t s = 0; s < strips; ++s) data_[s / CHUNK * rows_ + m][s % CHUNK] = split[s];

@@ -96,7 +96,7 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
   const bool is_kept = finish.is_gated() && !is_paired;
   const int64_t all = panels_of(is_paired ? outputs : call.weight.rows);
   const int64_t kept_stride = all * PANEL_ROWS;
-  const auto kept = make_workspace<float>(is_kept ? call.rows * kept_stride : 0);
+  const auto kept = is_kept ? make_workspace<float>(call.rows * kept_stride) : nullptr;
   each = std::max<int64_t>(is_paired ? each / 2 : each, 1);
   const int64_t tasks = (all + each - 1) / each;
 
@@ -106,12 +106,12 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
     const int64_t before = segment.weight * panels_of(call.weight.rows);
     const int half = static_cast<int>(std::min(all - begin, each));
     const int count = is_paired ? 2 * half : half;
-    const auto panels = make_workspace<int64_t>(count);
+    const SmallWorkspace<int64_t, 32> panels(count);
     for (int i = 0; i < count; ++i) {
       panels[i] = before + (i < half ? begin + i : begin + i - half + all);
     }
     // Whole tiles of rows, for those who write tiles.
-    const auto sums = make_workspace<float>(round_up(rows, 16) * count * PANEL_ROWS);
+    const SmallWorkspace<float, 4096> sums(round_up(rows, 16) * count * PANEL_ROWS);
     body(segment, panels.get(), count, sums.get());
     for (int64_t m = segment.begin; m < segment.end; ++m) {
       float* y = sums.get() + (m - segment.begin) * count * PANEL_ROWS;
