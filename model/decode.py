@@ -1,9 +1,8 @@
 """Decoding steps without Python: the kernel calls for one token each, recorded and replayed.
 
 The model is the one of `gpt.py`. All that a step reads, the tokens and where they stand, lies in
-tensors that stay; the first step runs the model on them, the second records it (`CpuGraph`), and
-all others replay the recording. Where the model runs something that cannot be recorded, every step
-runs the model.
+tensors that stay; the first step records what the model calls (`CpuGraph`), and all others replay
+it. Where the model runs something that cannot be recorded, every step runs the model.
 
 Choosing the next token is part of a step, and so is feeding it to the next one: after a replay,
 whose weights have taken the place of all else in the caches, whatever Python does takes several
@@ -29,6 +28,10 @@ __all__ = ["MOST_STEPS", "Decoder", "Sampler"]
 
 MOST_STEPS = 8
 """How many steps `Decoder.steps` takes at most: they cost Python as much as one."""
+
+_MOST_ATTEMPTS = 2
+"""How often recording is tried: the first time a model runs, it may lay out weights and make
+tables, which PyTorch computes and a recording should not repeat."""
 
 
 class _Input:
@@ -141,7 +144,7 @@ class Decoder:
             length=min(allocator.num_pages * allocator.page_size, gpt.config.max_positions),
         )
         self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=device)
-        self._calls = 0
+        self._attempts = 0
         self._graph: CpuGraph | None = None
         self._requests: Mapping[str, str] = {}
         self._result = torch.empty(0)
@@ -163,12 +166,10 @@ class Decoder:
             OutOfPages: if the cache is full.
         """
         self._write(sequences, token_ids, 1)
-        self._calls += 1
         if (graph := self._recorded()) is not None:
             graph.replay()
             return self._result
-        # The first step lays out weights and makes tables, which a recording should not repeat.
-        if self._graph is None and self._calls > 1 and self._record():
+        if self._graph is None and self._record():
             return self._result
         return self._run()
 
@@ -243,12 +244,14 @@ class Decoder:
 
     def _record(self) -> bool:
         """Run the step and record it, if it can be recorded."""
-        if self.why_not_recorded is None:
+        if self._attempts < _MOST_ATTEMPTS:
+            self._attempts += 1
             try:
                 self._graph, self._result = CpuGraph.capture(self._run_and_go_on)
             except CaptureError as error:
                 self.why_not_recorded = str(error)
             else:
+                self.why_not_recorded = None
                 self._requests = requests()
         return self._graph is not None
 

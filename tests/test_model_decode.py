@@ -52,6 +52,19 @@ def test_replayed_steps_are_the_models_own(gpt, monkeypatch):
         assert torch.equal(a, e)
 
 
+@needs_cpu
+def test_what_the_first_run_of_a_model_prepares_is_not_recorded(gpt):
+    gpt._rotary = None
+    _, decoder = decoded(gpt, steps=1)
+    assert "computed by PyTorch" in decoder.why_not_recorded  # the tables of positions
+    gpt._rotary = None
+    expected, decoder = decoded(gpt, steps=3)
+    assert decoder.why_not_recorded is None
+    actual, decoder = decoded(gpt, steps=1)
+    assert decoder.why_not_recorded is None
+    assert torch.equal(actual[0], expected[0])
+
+
 def test_another_backend_is_not_recorded(gpt):
     with tilewise.use_backend("naive"):
         logits, decoder = decoded(gpt)
