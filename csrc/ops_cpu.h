@@ -55,6 +55,20 @@ inline bool is_float_of_kernels(int32_t code) {
          code == aoti_torch_dtype_float16();
 }
 
+inline bool has_size(const Tensor& t, const std::vector<int64_t>& size) {
+  if (t.dim() != static_cast<int64_t>(size.size())) return false;
+  for (std::size_t i = 0; i < size.size(); ++i) {
+    if (t.size(i) != size[i]) return false;
+  }
+  return true;
+}
+
+inline std::vector<int64_t> size_of(const Tensor& t) {
+  std::vector<int64_t> size(t.dim());
+  for (std::size_t i = 0; i < size.size(); ++i) size[i] = t.size(i);
+  return size;
+}
+
 // A contiguous tensor on the CPU, uninitialised.
 inline Tensor empty(const std::vector<int64_t>& size, int32_t dtype_code) {
   std::vector<int64_t> stride(size.size());

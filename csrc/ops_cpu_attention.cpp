@@ -147,11 +147,11 @@ std::tuple<OptionalTensor, OptionalTensor> plain_attention_op(
     bool causal, std::optional<double> scale, int64_t window_left, int64_t window_right,
     double softcap, bool return_lse) {
   if (!is_plain(q, k, v, block_table, cache_seqlens)) return {};
-  std::vector<int64_t> size;
-  for (int64_t i = 0; i + 1 < q.dim(); ++i) size.push_back(q.size(i));
-  const Tensor lse = empty(size, aoti_torch_dtype_float32());
-  size.push_back(v.size(3));
+  std::vector<int64_t> size = size_of(q);
+  size.back() = v.size(3);
   const Tensor out = empty(size, dtype_code(q));
+  size.pop_back();
+  const Tensor lse = empty(size, aoti_torch_dtype_float32());
   Attention a = describe(q, k, v, {}, {}, {}, {}, block_table, cache_seqlens, out, lse);
   set_options(a, {}, {}, {}, causal, scale.value_or(1 / std::sqrt(static_cast<double>(a.dim))),
               window_left, window_right, softcap);

@@ -17,7 +17,7 @@ import tilewise
 from tilewise import cpu, dispatch, native, testing
 from tilewise.testing import Case, Inputs, all_cases
 
-OPS = ("flash_attention", "paged_attention")
+OPS = ("flash_attention", "paged_attention", "append_kv", "rms_norm")
 CASES = [case for case in all_cases() if case.op in OPS]
 DTYPES = (torch.bool, torch.int8, torch.int32, torch.int64, torch.uint16, torch.float8_e4m3fn)
 DTYPES += (torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.float8_e8m0fnu)
@@ -65,6 +65,16 @@ def _arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     if op == "flash_attention":
         q, k, v = inputs.randn(2, 3, 4, 8), inputs.randn(2, 5, 2, 8), inputs.randn(2, 5, 2, 6)
         return {"q": q, "k": k, "v": v}
+    if op == "rms_norm":
+        return {"x": inputs.randn(3, 8), "weight": inputs.randn(8), "residual": inputs.randn(3, 8)}
+    if op == "append_kv":
+        return {
+            "k": inputs.randn(3, 2, 8),
+            "v": inputs.randn(3, 2, 6),
+            "k_cache": inputs.randn(5, 3, 2, 8),
+            "v_cache": inputs.randn(5, 3, 2, 6),
+            "slot_mapping": inputs.tensor([4, -1, 9], torch.int64),
+        }
     return {
         "q": inputs.randn(2, 4, 8),
         "k_cache": inputs.randn(5, 3, 2, 8),
@@ -75,11 +85,18 @@ def _arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def _outcome(op: str, arguments: dict[str, Any]) -> Any:
-    """What comes of a call: its results, or its error."""
+    """What comes of a call: its results and what it wrote to, or its error."""
+    caches = {name: x for name, x in arguments.items() if op == "append_kv" and "cache" in name}
+    before = testing.map_tensors(caches, torch.clone)
     try:
         returned = testing.public_function(op)(**arguments)
     except Exception as error:
         return type(error), str(error)
+    if returned is None:
+        results = tuple(testing.map_tensors(caches, torch.clone).values())
+        for name, cache in caches.items():
+            cache.copy_(before[name])
+        return results
     return returned if isinstance(returned, tuple) else (returned,)
 
 
@@ -94,14 +111,17 @@ def _assert_no_difference(op: str, arguments: dict[str, Any]) -> None:
     for x, y in zip(actual, expected, strict=True):
         assert isinstance(x, torch.Tensor)
         assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
-        assert torch.equal(x.view(-1).view(torch.uint8), y.view(-1).view(torch.uint8))
+        assert torch.equal(*(z.contiguous().reshape(-1).view(torch.uint8) for z in (x, y)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.id}")
 def test_both_ways_give_the_same(case: Case) -> None:
     for dtype in case.dtypes:
         arguments = case.make(Inputs(dtype, "cpu"))
-        for changed in (arguments, testing.strided(arguments), arguments | {"return_lse": True}):
+        changes = [arguments, testing.strided(arguments)]
+        if "attention" in case.op:
+            changes.append(arguments | {"return_lse": True})
+        for changed in changes:
             with testing.nan_filled_empty():
                 _assert_no_difference(case.op, changed)
 
@@ -123,7 +143,8 @@ def test_an_unusual_argument_makes_no_difference(op: str) -> None:
     windows = ((1, 0), [2, 2], (1,), (1.0, 0), (True, 0), (-2, 0), (0, -2), 3)
     arguments = _arguments(op)
     assert _is_plain(op, arguments)
-    for name in ("causal", "scale", "softcap", "return_lse", "batch_invariant", "window"):
+    options = ("causal", "scale", "softcap", "return_lse", "batch_invariant", "window")
+    for name in options if "attention" in op else ("eps",) if op == "rms_norm" else ():
         for value in (*numbers, *windows):
             _assert_no_difference(op, arguments | {name: value})
     for name, x in arguments.items():
@@ -163,19 +184,21 @@ def test_whoever_looks_sees_an_ordinary_call(op: str) -> None:
         assert not _is_plain(op, arguments)
     with _Mode():
         assert not _is_plain(op, arguments)
-    parameter = torch.nn.Parameter(arguments["q"])
-    assert not _is_plain(op, arguments | {"q": parameter})
-    recorded = arguments | {"q": arguments["q"].clone().requires_grad_()}
-    assert not _is_plain(op, recorded)
-    with torch.no_grad():
-        assert _is_plain(op, recorded)
+    for name, x in arguments.items():
+        if x.dtype == torch.float32:
+            assert not _is_plain(op, arguments | {name: torch.nn.Parameter(x)})
+            recorded = arguments | {name: x.clone().requires_grad_()}
+            assert not _is_plain(op, recorded)
+            with torch.no_grad():
+                assert _is_plain(op, recorded)
+                assert _is_plain(op, arguments | {name: torch.nn.Parameter(x)})
 
-    def transformed(q: torch.Tensor) -> torch.Tensor:
-        assert not _is_plain(op, arguments | {"q": q})
-        return q
+    def transformed(x: torch.Tensor) -> torch.Tensor:
+        assert not _is_plain(op, arguments | {next(iter(arguments)): x})
+        return x
 
-    torch.func.vmap(transformed)(arguments["q"][None])
-    if op == "paged_attention":
+    torch.func.vmap(transformed)(next(iter(arguments.values()))[None])
+    if op in ("paged_attention", "append_kv"):
         assert not _is_plain(op, arguments | {"validate": True})
 
 

@@ -20,6 +20,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that C++ kernels take; all of them compute in float32."""
 
 
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+"""The types that have no behaviour of their own."""
+
+
 def why_not(x: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot take a call whose main tensor is `x`; None where they can."""
     return why_not_dtype(x, x.dtype)
@@ -48,7 +52,7 @@ def plain_operators(op: str, backend: str, *tensors: torch.Tensor) -> native.Ope
         return None
     is_recorded = torch.is_grad_enabled()
     for x in tensors:
-        if type(x) is not torch.Tensor or not x.is_cpu or (is_recorded and x.requires_grad):
+        if type(x) not in _TENSORS or not x.is_cpu or (is_recorded and x.requires_grad):
             return None
     return native.loaded_cpu_ops()
 

@@ -204,12 +204,21 @@ def append_kv(
     Source: Kwon et al., 2023 (arXiv:2309.06180), section 4.3; the formats are described in
     `tilewise.paged.kv_formats`.
     """
+    arguments = (k, v, k_cache, v_cache, slot_mapping)
+    if (
+        rotary is None
+        and positions is None
+        and k_scale is None
+        and v_scale is None
+        and not validate
+        and native.append_kv_plainly(backend, *arguments)
+    ):
+        return
     options: dict[str, Any] = {
         "rotary": rotary,
         "positions": positions,
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    arguments = (k, v, k_cache, v_cache, slot_mapping)
     check_append_kv(*arguments, **options, validate=validate)
     _APPEND_KV(*arguments, **options, backend=backend)
