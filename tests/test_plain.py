@@ -6,6 +6,7 @@ A call counts as plain if it comes back although the ordinary way is barred.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_many_cases_are_plain(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_unusual_argument_makes_no_difference(op: str) -> None:
-    """Each argument in turn is something else, most often something wrong."""
+    """Each argument, and each two tensors, are something else, most often something wrong."""
     numbers = (None, True, 1, 0, -2, 0.5, -0.5, float("nan"), "x", [1.0], torch.ones(()))
     windows = ((1, 0), [2, 2], (1,), (1.0, 0), (True, 0), (-2, 0), (0, -2), 3)
     arguments = _arguments(op)
@@ -153,6 +154,9 @@ def test_an_unusual_argument_makes_no_difference(op: str) -> None:
         for dtype in DTYPES:
             value = torch.zeros(x.shape, dtype=torch.uint8).to(dtype)
             _assert_no_difference(op, arguments | {name: value})
+    for pair in itertools.combinations(arguments, 2):
+        for values in zip(*(_other_shapes(arguments[name]) for name in pair), strict=False):
+            _assert_no_difference(op, arguments | dict(zip(pair, values, strict=True)))
 
 
 def _other_shapes(x: torch.Tensor) -> Iterator[torch.Tensor]:
