@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
 from tilewise import cpu, dispatch, native, testing
+from tilewise.quant import QuantizedTensor, quantize
 from tilewise.testing import Case, Inputs, all_cases
 
-OPS = ("flash_attention", "paged_attention", "append_kv", "rms_norm")
+OPS = ("flash_attention", "paged_attention", "append_kv", "rms_norm", "quantized_matmul")
 CASES = [case for case in all_cases() if case.op in OPS]
 DTYPES = (torch.bool, torch.int8, torch.int32, torch.int64, torch.uint16, torch.float8_e4m3fn)
 DTYPES += (torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.float8_e8m0fnu)
@@ -68,6 +69,10 @@ def _arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         return {"q": q, "k": k, "v": v}
     if op == "rms_norm":
         return {"x": inputs.randn(3, 8), "weight": inputs.randn(8), "residual": inputs.randn(3, 8)}
+    if op == "quantized_matmul":
+        x, bias, residual = inputs.randn(3, 64), inputs.randn(10), inputs.randn(3, 10)
+        weight = quantize(torch.randn(10, 64)).to_panels()
+        return {"x": x, "weight": weight, "bias": bias, "residual": residual}
     if op == "append_kv":
         return {
             "k": inputs.randn(3, 2, 8),
@@ -83,6 +88,19 @@ def _arguments(op: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "block_table": inputs.tensor([[4, 0, 1], [2, 3, 0]], torch.int32),
         "cache_seqlens": inputs.tensor([7, 5], torch.int32),
     }
+
+
+def _of_case(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """A case's arguments, its weight in panels: in rows it is never plain."""
+    arguments = case.make(Inputs(dtype, "cpu"))
+    return {
+        name: x.to_panels() if isinstance(x, QuantizedTensor) else x
+        for name, x in arguments.items()
+    }
+
+
+def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
 
 
 def _outcome(op: str, arguments: dict[str, Any]) -> Any:
@@ -118,7 +136,7 @@ def _assert_no_difference(op: str, arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.id}")
 def test_both_ways_give_the_same(case: Case) -> None:
     for dtype in case.dtypes:
-        arguments = case.make(Inputs(dtype, "cpu"))
+        arguments = _of_case(case, dtype)
         changes = [arguments, testing.strided(arguments)]
         if "attention" in case.op:
             changes.append(arguments | {"return_lse": True})
@@ -131,7 +149,7 @@ def test_both_ways_give_the_same(case: Case) -> None:
 def test_many_cases_are_plain(op: str) -> None:
     """Or the test above would say nothing."""
     of_op = [case for case in CASES if case.op == op]
-    plain = [case for case in of_op if _is_plain(op, case.make(Inputs(torch.float32, "cpu")))]
+    plain = [case for case in of_op if _is_plain(op, _of_case(case, torch.float32))]
     assert len(plain) >= len(of_op) // 4
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert _is_plain(op, _arguments(op, dtype))
@@ -148,13 +166,22 @@ def test_an_unusual_argument_makes_no_difference(op: str) -> None:
     for name in options if "attention" in op else ("eps",) if op == "rms_norm" else ():
         for value in (*numbers, *windows):
             _assert_no_difference(op, arguments | {name: value})
-    for name, x in arguments.items():
+    if op == "quantized_matmul":
+        for activation in ("swiglu", "gelu", "x", 1, [], True, "silu"):
+            _assert_no_difference(op, arguments | {"activation": activation})
+            changes = {"activation": activation, "residual": arguments["x"][:, :5].contiguous()}
+            _assert_no_difference(op, arguments | changes)
+        for weight in (None, arguments["x"], quantize(torch.randn(9, 64)).to_panels()):
+            _assert_no_difference(op, arguments | {"weight": weight, "activation": "swiglu"})
+        _assert_no_difference(op, arguments | {"act": "int8"})
+    tensors = _tensors(arguments)
+    for name, x in tensors.items():
         for value in (None, [1.0], x.tolist(), x.to("meta"), *_other_shapes(x)):
             _assert_no_difference(op, arguments | {name: value})
         for dtype in DTYPES:
             value = torch.zeros(x.shape, dtype=torch.uint8).to(dtype)
             _assert_no_difference(op, arguments | {name: value})
-    for pair in itertools.combinations(arguments, 2):
+    for pair in itertools.combinations(tensors, 2):
         for values in zip(*(_other_shapes(arguments[name]) for name in pair), strict=False):
             _assert_no_difference(op, arguments | dict(zip(pair, values, strict=True)))
 
@@ -188,7 +215,7 @@ def test_whoever_looks_sees_an_ordinary_call(op: str) -> None:
         assert not _is_plain(op, arguments)
     with _Mode():
         assert not _is_plain(op, arguments)
-    for name, x in arguments.items():
+    for name, x in _tensors(arguments).items():
         if x.dtype == torch.float32:
             assert not _is_plain(op, arguments | {name: torch.nn.Parameter(x)})
             recorded = arguments | {name: x.clone().requires_grad_()}
