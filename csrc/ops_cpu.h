@@ -3,13 +3,20 @@
 // The stable ABI of PyTorch >= 2.11, so that one library serves every Python and every later
 // PyTorch. The operators write to tensors that Python has allocated, and are registered under the
 // instruction set's name, so that several libraries can be loaded side by side.
+//
+// The operators plain_* are the exception: Python gives them a call's arguments before it has looked
+// at them. They make calls without anything special about them, results allocated and all, and
+// return nothing for any other, which then goes the ordinary way, past the checks that can say what
+// is wrong with it. They must refuse whatever a check refuses.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "params.h"
 
@@ -34,6 +41,46 @@ inline DType dtype_of(const Tensor& t) {
 template <class T = void>
 inline const T* pointer(const OptionalTensor& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+// Tensor::scalar_type throws at a dtype that it does not know.
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+inline bool is_float_of_kernels(int32_t code) {
+  return code == aoti_torch_dtype_float32() || code == aoti_torch_dtype_bfloat16() ||
+         code == aoti_torch_dtype_float16();
+}
+
+inline bool has_size(const Tensor& t, const std::vector<int64_t>& size) {
+  if (t.dim() != static_cast<int64_t>(size.size())) return false;
+  for (std::size_t i = 0; i < size.size(); ++i) {
+    if (t.size(i) != size[i]) return false;
+  }
+  return true;
+}
+
+inline std::vector<int64_t> size_of(const Tensor& t) {
+  std::vector<int64_t> size(t.dim());
+  for (std::size_t i = 0; i < size.size(); ++i) size[i] = t.size(i);
+  return size;
+}
+
+// A contiguous tensor on the CPU, uninitialised.
+inline Tensor empty(const std::vector<int64_t>& size, int32_t dtype_code) {
+  std::vector<int64_t> stride(size.size());
+  int64_t elements = 1;
+  for (std::size_t i = size.size(); i-- > 0; elements *= std::max<int64_t>(size[i], 1)) {
+    stride[i] = elements;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                               dtype_code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace tilewise

@@ -1,5 +1,7 @@
 // Bindings of attention, dense, ragged and paged.
 #include <algorithm>
+#include <cmath>
+#include <tuple>
 
 #include "cpu/attention.h"
 #include "ops_cpu.h"
@@ -109,6 +111,56 @@ void attention_op(Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, Optional
                                  block_table, cache_seqlens, alibi_slopes, sinks, bias, out, lse);
 }
 
+// --- the whole call, where it is plain -----------------------------------------------------------
+
+bool heads_fit(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t last = q.dim() - 1;
+  const int64_t heads = q.size(last - 1), kv_heads = k.size(2);
+  const int64_t dim = q.size(last), v_dim = v.size(3);
+  return kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0 && 1 <= dim && dim <= MAX_HEAD_DIM &&
+         k.size(3) == dim && 1 <= v_dim && v_dim <= MAX_HEAD_DIM && q.stride(last) == 1 &&
+         k.stride(3) == 1 && v.stride(3) == 1 && k.size(0) == v.size(0) &&
+         k.size(1) == v.size(1) && v.size(2) == kv_heads;
+}
+
+bool is_plain_list(const Tensor& t, int64_t dims, int64_t batch) {
+  return dtype_code(t) == aoti_torch_dtype_int32() && t.dim() == dims && t.size(0) == batch &&
+         t.is_contiguous();
+}
+
+bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& block_table,
+              const OptionalTensor& cache_seqlens) {
+  const bool is_paged = block_table && cache_seqlens;
+  const int32_t dtype = dtype_code(q);
+  if (!is_float_of_kernels(dtype) || dtype_code(k) != dtype || dtype_code(v) != dtype ||
+      q.dim() != (is_paged ? 3 : 4) || k.dim() != 4 || v.dim() != 4 || !heads_fit(q, k, v)) {
+    return false;
+  }
+  const int64_t batch = q.size(0);
+  if (!is_paged) return k.size(0) == batch;
+  return k.size(0) >= 1 && k.size(1) >= 1 && is_plain_list(*block_table, 2, batch) &&
+         is_plain_list(*cache_seqlens, 1, batch);
+}
+
+std::tuple<OptionalTensor, OptionalTensor> plain_attention_op(
+    Tensor q, Tensor k, Tensor v, OptionalTensor block_table, OptionalTensor cache_seqlens,
+    bool causal, std::optional<double> scale, int64_t window_left, int64_t window_right,
+    double softcap, bool return_lse) {
+  if (!is_plain(q, k, v, block_table, cache_seqlens)) return {};
+  std::vector<int64_t> size = size_of(q);
+  size.back() = v.size(3);
+  const Tensor out = empty(size, dtype_code(q));
+  size.pop_back();
+  const Tensor lse = empty(size, aoti_torch_dtype_float32());
+  Attention a = describe(q, k, v, {}, {}, {}, {}, block_table, cache_seqlens, out, lse);
+  set_options(a, {}, {}, {}, causal, scale.value_or(1 / std::sqrt(static_cast<double>(a.dim))),
+              window_left, window_right, softcap);
+  attention_forward(a);
+  return {out, return_lse ? OptionalTensor(lse) : std::nullopt};
+}
+
+// --- the gradient --------------------------------------------------------------------------------
+
 void attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, Tensor out, Tensor lse,
                            Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
                            OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes,
@@ -143,6 +195,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? bias, bool causal, float scale, "
       "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
+      "plain_attention(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? cache_seqlens, "
+      "bool causal, float? scale, int window_left, int window_right, float softcap, "
+      "bool return_lse) -> (Tensor? out, Tensor? lse)");
+  m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, "
       "Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor? bias, bool causal, float scale, int window_left, int window_right, "
@@ -153,5 +209,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
   m.impl("attention", TORCH_BOX(&attention_op));
+  m.impl("plain_attention", TORCH_BOX(&plain_attention_op));
   m.impl("attention_backward", TORCH_BOX(&Recorded<&attention_backward_op>::call));
 }

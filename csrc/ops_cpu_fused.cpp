@@ -3,6 +3,7 @@
 // Tensors of rows may have any number of dimensions: they are contiguous, or (rows, dim) with a
 // stride between the rows.
 #include <algorithm>
+#include <tuple>
 
 #include "cpu/activation.h"
 #include "cpu/norm.h"
@@ -53,6 +54,24 @@ void rms_norm_op(Tensor x, Tensor weight, double eps, OptionalTensor residual, T
                  OptionalTensor sum) {
   const Norm norm = describe(x, weight, {}, eps, residual, out, sum);
   run_kernel<&rms_norm>(norm, {}, x, weight, residual, out, sum);
+}
+
+std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor weight, double eps,
+                                                            OptionalTensor residual) {
+  const int32_t dtype = dtype_code(x);
+  const std::vector<int64_t> size = size_of(x);
+  if (!is_float_of_kernels(dtype) || size.empty() || !x.is_contiguous() ||
+      dtype_code(weight) != dtype || !has_size(weight, {size.back()}) || !weight.is_contiguous()) {
+    return {};
+  }
+  if (residual && (dtype_code(*residual) != dtype || !has_size(*residual, size) ||
+                   !residual->is_contiguous())) {
+    return {};
+  }
+  const Tensor out = empty(size, dtype);
+  const OptionalTensor sum = residual ? OptionalTensor(empty(size, dtype)) : std::nullopt;
+  rms_norm(describe(x, weight, {}, eps, residual, out, sum));
+  return {out, sum};
 }
 
 void layer_norm_op(Tensor x, Tensor weight, OptionalTensor bias, double eps,
@@ -204,6 +223,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual, Tensor(a!) out, "
       "Tensor(b!)? sum) -> ()");
   m.def(
+      "plain_rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual) "
+      "-> (Tensor? out, Tensor? sum)");
+  m.def(
       "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor? residual, "
       "Tensor(a!) out, Tensor(b!)? sum) -> ()");
   m.def(
@@ -228,6 +250,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
   m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
+  m.impl("plain_rms_norm", TORCH_BOX(&plain_rms_norm_op));
   m.impl("layer_norm", TORCH_BOX(&layer_norm_op));
   m.impl("rms_norm_backward", TORCH_BOX(&Recorded<&rms_norm_backward_op>::call));
   m.impl("layer_norm_backward", TORCH_BOX(&Recorded<&layer_norm_backward_op>::call));

@@ -27,9 +27,9 @@ AppendSide side_of(const Tensor& x, const Tensor& cache, const OptionalTensor& s
   return side;
 }
 
-void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
-                  OptionalTensor cos, OptionalTensor sin, bool interleaved,
-                  OptionalTensor positions, OptionalTensor k_scale, OptionalTensor v_scale) {
+AppendKV describe(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                  const Tensor& slot_mapping, const OptionalTensor& k_scale,
+                  const OptionalTensor& v_scale) {
   AppendKV a{};
   a.dtype = dtype_of(k);
   a.cache_dtype = dtype_of(k_cache);
@@ -41,6 +41,13 @@ void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slo
   a.v = side_of(v, v_cache, v_scale);
   a.slots = static_cast<const int64_t*>(slot_mapping.data_ptr());
   a.slots_stride = slot_mapping.stride(0);
+  return a;
+}
+
+void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+                  OptionalTensor cos, OptionalTensor sin, bool interleaved,
+                  OptionalTensor positions, OptionalTensor k_scale, OptionalTensor v_scale) {
+  AppendKV a = describe(k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale);
   if (cos && sin && positions) {
     a.cos = pointer<float>(cos);
     a.sin = pointer<float>(sin);
@@ -54,6 +61,29 @@ void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slo
   }
   run_kernel<&append_kv>(a, {}, k, v, k_cache, v_cache, slot_mapping, cos, sin, positions, k_scale,
                          v_scale);
+}
+
+// Whether rows (tokens, kv_heads, dim) go into a cache (pages, page_size, kv_heads, dim) as they are.
+bool is_plain_side(const Tensor& x, const Tensor& cache, int32_t dtype, int32_t cache_dtype) {
+  return dtype_code(x) == dtype && x.dim() == 3 && dtype_code(cache) == cache_dtype &&
+         cache.dim() == 4 && cache.size(0) >= 1 && cache.size(1) >= 1 && cache.size(2) >= 1 &&
+         cache.size(2) == x.size(1) && cache.size(3) == x.size(2) && x.size(2) >= 1 &&
+         x.size(2) <= MAX_HEAD_DIM && x.stride(2) == 1 && cache.stride(3) == 1;
+}
+
+bool plain_append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) {
+  const int32_t dtype = dtype_code(k), cache_dtype = dtype_code(k_cache);
+  if (!is_float_of_kernels(dtype) || !is_float_of_kernels(cache_dtype) ||
+      !is_plain_side(k, k_cache, dtype, cache_dtype) ||
+      !is_plain_side(v, v_cache, dtype, cache_dtype) || v.size(0) != k.size(0) ||
+      v.size(1) != k.size(1) || v_cache.size(0) != k_cache.size(0) ||
+      v_cache.size(1) != k_cache.size(1) ||
+      dtype_code(slot_mapping) != aoti_torch_dtype_int64() ||
+      !has_size(slot_mapping, {k.size(0)})) {
+    return false;
+  }
+  append_kv(describe(k, v, k_cache, v_cache, slot_mapping, {}, {}));
+  return true;
 }
 
 // out_a and out_b are (rows, dim), lse_a and lse_b (rows,), all contiguous.
@@ -101,6 +131,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor? cos, Tensor? sin, bool interleaved, Tensor? positions, Tensor(c!)? k_scale, "
       "Tensor(d!)? v_scale) -> ()");
   m.def(
+      "plain_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slot_mapping) -> bool");
+  m.def(
       "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
   m.def(
@@ -113,6 +146,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
   m.impl("append_kv", TORCH_BOX(&append_kv_op));
+  m.impl("plain_append_kv", TORCH_BOX(&plain_append_kv_op));
   m.impl("next_step", TORCH_BOX(&next_step_op));
   m.impl("merge_states", TORCH_BOX(&Recorded<&merge_states_op>::call));
 }

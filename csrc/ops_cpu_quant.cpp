@@ -35,6 +35,42 @@ QuantizedWeight describe(int64_t format, int64_t rows, int64_t depth, int64_t gr
 
 namespace {
 
+// The weight has been checked when it was made; it is one matrix.
+OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth,
+                                         int64_t group_size, Tensor data, OptionalTensor scales,
+                                         OptionalTensor zeros, OptionalTensor bias, int64_t finish,
+                                         OptionalTensor residual, int64_t activation_group) {
+  const int32_t dtype = dtype_code(x);
+  std::vector<int64_t> size = size_of(x);
+  const bool is_gated = finish == static_cast<int64_t>(Finish::swiglu);
+  if (!is_float_of_kernels(dtype) || size.empty() || size.back() != depth || !x.is_contiguous() ||
+      depth < 1 || (is_gated && rows % 2)) {
+    return std::nullopt;
+  }
+  QuantizedMatmul call{};
+  call.rows = x.numel() / depth;
+  size.back() = is_gated ? rows / 2 : rows;
+  if (bias && (dtype_code(*bias) != dtype || !has_size(*bias, {rows}) || !bias->is_contiguous())) {
+    return std::nullopt;
+  }
+  if (residual && (dtype_code(*residual) != dtype || !has_size(*residual, size) ||
+                   !residual->is_contiguous())) {
+    return std::nullopt;
+  }
+  const Tensor out = empty(size, dtype);
+  call.dtype = call.x_dtype = dtype_of(x);
+  call.x = x.data_ptr();
+  call.x_stride = depth;
+  call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  call.activation_group = activation_group > 0 ? activation_group : 0;
+  call.bias = pointer(bias);
+  call.residual = pointer(residual);
+  call.finish = static_cast<Finish>(finish);
+  call.out = out.data_ptr();
+  quantized_matmul(call);
+  return out;
+}
+
 void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
                          Tensor data, OptionalTensor scales, OptionalTensor zeros,
                          OptionalTensor bias, int64_t finish, OptionalTensor residual,
@@ -101,6 +137,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
       "Tensor? adapter_a, Tensor? adapter_b, int rounding, int activation_group, Tensor(a!) out) -> ()");
   m.def(
+      "plain_quantized_matmul(Tensor x, int format, int rows, int depth, int group_size, "
+      "Tensor data, Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
+      "int activation_group) -> Tensor?");
+  m.def(
       "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");
   m.def(
@@ -114,6 +154,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   using namespace tilewise;
   m.impl("quantized_matmul", TORCH_BOX(&quantized_matmul_op));
+  m.impl("plain_quantized_matmul", TORCH_BOX(&plain_quantized_matmul_op));
   m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
   m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
   m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));

@@ -13,6 +13,8 @@
 
 namespace tilewise {
 
+constexpr int64_t MAX_HEAD_DIM = 576;  // as in kernels/tilewise/attention/checks.py
+
 // One batch row: queries [q_begin, q_begin + q_len) of the row-major rows of q, and k_len keys.
 // The last query is level with the last key.
 struct Sequence {

@@ -68,12 +68,7 @@ class Contract:
         The way through the dispatcher and back into Python costs 2 us, as much as a small kernel.
         Compilers, dispatch modes, function transforms and tensor subclasses do look.
         """
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or not _PLAIN.issuperset(map(type, args))
-        ):
+        if is_watched() or not _PLAIN.issuperset(map(type, args)):
             return self.op(*args)
         kernel = self.kernels.get(args[-1])
         return kernel(*args[:-1]) if kernel is not None else self._run(*args)
@@ -85,6 +80,15 @@ class Contract:
             known = ", ".join(self.kernels) or "none"
             raise BackendError(f"{self.name}: no kernel {backend!r} is registered, only {known}")
         return kernel(*arguments)
+
+
+def is_watched() -> bool:
+    """Whether a compiler, a dispatch mode or a function transform looks at what operators run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

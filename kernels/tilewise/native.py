@@ -266,6 +266,11 @@ def cpu_ops() -> Operators:
     raise BackendError(f"there are no C++ kernels: {found}")
 
 
+def loaded_cpu_ops() -> Operators | None:
+    """The same where they have been asked for before; builds and loads nothing."""
+    return _cpu.ops if isinstance(_cpu, Library) else None
+
+
 @contextlib.contextmanager
 def use_library(loaded: Library) -> Iterator[None]:
     """Let calls in a `with` block, on any thread, run this library; for tests of several."""

@@ -143,6 +143,11 @@ def flash_attention(
     (arXiv:2408.00118). ALiBi: Press et al., 2021 (arXiv:2108.12409). Sinks: Xiao et al., 2023
     (arXiv:2309.17453), learned as in gpt-oss.
     """
+    if alibi_slopes is None and sinks is None and bias is None:
+        numbers = (causal, scale, window, softcap, return_lse, batch_invariant)
+        result = native.attend_plainly("flash_attention", backend, q, k, v, (), *numbers)
+        if result is not None:
+            return result
     options: dict[str, Any] = {
         "causal": causal,
         "scale": scale,

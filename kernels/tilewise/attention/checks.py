@@ -199,6 +199,53 @@ def check_options(
     batch_invariant: bool,
 ) -> None:
     """Raise unless the options fit q (..., heads, head_dim) and the number of sequences."""
+    if not are_options(causal, scale, window, softcap, return_lse, batch_invariant):
+        _check_numbers(causal, scale, window, softcap, return_lse, batch_invariant)
+    if alibi_slopes is None and sinks is None:
+        return
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        checks.has_dtype("alibi_slopes", alibi_slopes, _SLOPE_DTYPES)
+        checks.on_device_of("alibi_slopes", alibi_slopes, "q", q)
+        if alibi_slopes.shape not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes: shape must be ({heads},) or ({batch}, {heads}), (heads,) or "
+                f"(batch, heads), got {tuple(alibi_slopes.shape)}"
+            )
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes: must not require a gradient, they are constants")
+    if sinks is not None:
+        checks.has_dtype("sinks", sinks, checks.FLOATS)
+        checks.on_device_of("sinks", sinks, "q", q)
+        checks.has_shape("sinks", sinks, (heads,), "q's heads")
+
+
+def are_options(
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    return_lse: bool,
+    batch_invariant: bool,
+) -> bool:
+    """Whether these are numbers as documented, told quickly; what is unusual needs a real check."""
+    if not (type(causal) is type(return_lse) is type(batch_invariant) is bool):
+        return False
+    if type(softcap) is not float or not softcap >= 0 or type(window) is not tuple:
+        return False
+    if len(window) != 2 or not type(window[0]) is type(window[1]) is int:
+        return False
+    return window[0] >= -1 <= window[1] and (scale is None or type(scale) is float)
+
+
+def _check_numbers(
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    return_lse: bool,
+    batch_invariant: bool,
+) -> None:
     for name, flag in (
         ("causal", causal),
         ("return_lse", return_lse),
@@ -220,23 +267,6 @@ def check_options(
         is_integer("window", side)
         if side < -1:
             raise ValueError(f"window: must be >= -1 on both sides, got {tuple(window)}")
-    if alibi_slopes is None and sinks is None:
-        return
-    heads = q.shape[-2]
-    if alibi_slopes is not None:
-        checks.has_dtype("alibi_slopes", alibi_slopes, _SLOPE_DTYPES)
-        checks.on_device_of("alibi_slopes", alibi_slopes, "q", q)
-        if alibi_slopes.shape not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes: shape must be ({heads},) or ({batch}, {heads}), (heads,) or "
-                f"(batch, heads), got {tuple(alibi_slopes.shape)}"
-            )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: must not require a gradient, they are constants")
-    if sinks is not None:
-        checks.has_dtype("sinks", sinks, checks.FLOATS)
-        checks.on_device_of("sinks", sinks, "q", q)
-        checks.has_shape("sinks", sinks, (heads,), "q's heads")
 
 
 def check_bias(bias: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...], names: str) -> None:

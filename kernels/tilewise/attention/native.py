@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tilewise import cpu, native
+from tilewise.attention.checks import are_options
 from tilewise.attention.operators import (
     FLASH_ATTENTION,
     FLASH_ATTENTION_BACKWARD,
@@ -20,6 +21,35 @@ from tilewise.fused.rows import empty_like
 def why_not(q: torch.Tensor, *others: Any, **options: Any) -> str | None:
     """Why the C++ kernels cannot take the call."""
     return cpu.why_not(q)
+
+
+def attend_plainly(
+    op: str,
+    backend: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    places: tuple[()] | tuple[torch.Tensor, torch.Tensor],
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    return_lse: bool,
+    batch_invariant: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """What the public function `op` returns for a plain call; None for any other.
+
+    `places` is block_table and cache_seqlens, where the keys and values lie in pages.
+    """
+    operators = cpu.plain_operators(op, backend, q, k, v, *places)
+    if operators is None or not are_options(
+        causal, scale, window, softcap, return_lse, batch_invariant
+    ):
+        return None
+    out, lse = operators.plain_attention(
+        q, k, v, *(places or (None, None)), causal, scale, *window, softcap, return_lse
+    )
+    return (out, lse) if return_lse and out is not None else out
 
 
 @FLASH_ATTENTION.kernel("cpu")

@@ -47,6 +47,18 @@ def why_not_rotary(x: torch.Tensor, tables: RotaryTables, positions: torch.Tenso
 # --- norms ----------------------------------------------------------------------------------------
 
 
+def rms_norm_plainly(
+    backend: str, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """What `rms_norm` returns for a plain call; None for any other."""
+    others = (weight,) if residual is None else (weight, residual)
+    operators = cpu.plain_operators("rms_norm", backend, x, *others)
+    if operators is None or type(eps) is not float:
+        return None
+    out, total = operators.plain_rms_norm(x, weight, eps, residual)
+    return out if total is None else (out, total)
+
+
 @RMS_NORM.kernel("cpu")
 def _rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None

@@ -98,6 +98,9 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
     """
+    result = native.rms_norm_plainly(backend, x, weight, eps, residual)
+    if result is not None:
+        return result
     _check_rms_norm(x, weight, eps, residual=residual, validate=validate)
     return _RMS_NORM(x, weight, eps, residual=residual, backend=backend)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tilewise import gpu
+from tilewise.attention.native import attend_plainly
 from tilewise.dispatch import Impl, Op
 from tilewise.fused.tables import RotaryTables
 from tilewise.paged import autograd, baseline, naive, native, triton, triton_append
@@ -132,6 +133,21 @@ def paged_attention(
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention, 2023 (arXiv:2309.06180).
     """
+    arguments = (q, k_cache, v_cache, block_table, cache_seqlens)
+    if (
+        cu_seqlens_q is None
+        and k_scale is None
+        and v_scale is None
+        and alibi_slopes is None
+        and sinks is None
+        and bias is None
+        and not validate
+    ):
+        numbers = (causal, scale, window, softcap, return_lse, batch_invariant)
+        places = (block_table, cache_seqlens)
+        result = attend_plainly("paged_attention", backend, q, k_cache, v_cache, places, *numbers)
+        if result is not None:
+            return result
     options: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "k_scale": k_scale,
@@ -146,7 +162,6 @@ def paged_attention(
         "return_lse": return_lse,
         "batch_invariant": batch_invariant,
     }
-    arguments = (q, k_cache, v_cache, block_table, cache_seqlens)
     check_paged_attention(*arguments, **options, validate=validate)
     return _PAGED_ATTENTION(*arguments, **options, backend=backend)
 
@@ -189,12 +204,21 @@ def append_kv(
     Source: Kwon et al., 2023 (arXiv:2309.06180), section 4.3; the formats are described in
     `tilewise.paged.kv_formats`.
     """
+    arguments = (k, v, k_cache, v_cache, slot_mapping)
+    if (
+        rotary is None
+        and positions is None
+        and k_scale is None
+        and v_scale is None
+        and not validate
+        and native.append_kv_plainly(backend, *arguments)
+    ):
+        return
     options: dict[str, Any] = {
         "rotary": rotary,
         "positions": positions,
         "k_scale": k_scale,
         "v_scale": v_scale,
     }
-    arguments = (k, v, k_cache, v_cache, slot_mapping)
     check_append_kv(*arguments, **options, validate=validate)
     _APPEND_KV(*arguments, **options, backend=backend)

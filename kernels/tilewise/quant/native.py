@@ -60,6 +60,33 @@ def quantized_matmul(
     return out
 
 
+def quantized_matmul_plainly(
+    backend: str,
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """What `quantized_matmul` returns for a plain call; None for any other.
+
+    A weight in rows is ordinary: turning it into panels is worth a check before.
+    """
+    if type(weight) is not QuantizedTensor or len(weight.shape) != 2 or not weight.is_panels:
+        return None
+    others = (t for t in (bias, residual) if t is not None)
+    operators = cpu.plain_operators("quantized_matmul", backend, x, weight.data, *others)
+    if operators is None or not (activation is None or type(activation) is str):
+        return None
+    finish = _ACTIVATION_CODES.get(activation)
+    if finish is None:
+        return None
+    out: torch.Tensor | None = operators.plain_quantized_matmul(
+        x, *describe(weight), bias, finish, residual, naive.activation_group(weight)
+    )
+    return out
+
+
 class _Product(torch.autograd.Function):
     """x W^T in float32; the gradient passes straight through the rounding of x."""
 
