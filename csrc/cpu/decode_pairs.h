@@ -21,9 +21,13 @@ struct BFloat16Pairs {
   static constexpr int KEYS = 2;
   static constexpr int depth(int r) { return r <= 2 ? 4 : 2; }
 
-  template <class T>
-  static Vector read(const T* p, int /* tail */) {
-    return load_pairs(p);
+  template <class T, int J>
+  static void read_keys(const T* const* keys, int64_t d, int /* tail */, Vector* out) {
+    if constexpr (std::is_same<T, Float8>::value) {
+      for (int c = 0; c < J; c += 2) load_pairs(keys[c] + d, keys[c + 1] + d, out[c], out[c + 1]);
+    } else {
+      for (int c = 0; c < J; ++c) out[c] = load_pairs(keys[c] + d);
+    }
   }
   static Vector query(const BFloat16* p) { return load_pairs(p); }
   static Vector weight(const BFloat16* p) {
@@ -34,8 +38,7 @@ struct BFloat16Pairs {
   static void read_values(CacheRows rows, int64_t d, int /* tail */, Vector* out) {
     const T *a = rows.row<T>(0) + d, *b = rows.row<T>(1) + d;
     for (int c = 0; c < D; ++c) {
-      const Vector x = load_pairs(a + c * WIDTH), y = load_pairs(b + c * WIDTH);
-      interleave(x, y, out[2 * c], out[2 * c + 1]);
+      load_interleaved(a + c * WIDTH, b + c * WIDTH, out[2 * c], out[2 * c + 1]);
     }
   }
 };

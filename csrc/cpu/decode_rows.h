@@ -101,6 +101,11 @@ struct Floats {
   static Vector read(const T* p, int tail) {
     return tail ? load_partial(p, tail) : load(p);
   }
+  // A vector of each of J keys.
+  template <class T, int J>
+  static void read_keys(const T* const* keys, int64_t d, int tail, Vector* out) {
+    for (int c = 0; c < J; ++c) out[c] = read(keys[c] + d, tail);
+  }
   static Vector query(const float* p) { return load(p); }
   static Vector weight(const float* p) { return F32::all(*p); }
   // D vectors of the value that `rows` begin with.
@@ -135,10 +140,8 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Cach
       int64_t d = 0;
       for (; d + P::WIDTH <= n; d += P::WIDTH) {
         typename P::Vector k[J];
-        for (int c = 0; c < J; ++c) {
-          k[c] = P::read(key[c] + d, 0);
-          if (FETCHES) fetch(near[c], far[c], d);
-        }
+        P::template read_keys<T, J>(key, d, 0, k);
+        for (int c = 0; FETCHES && c < J; ++c) fetch(near[c], far[c], d);
         for (int r = 0; r < R; ++r) {
           const auto x = held(P::query(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
