@@ -101,11 +101,6 @@ struct Floats {
   static Vector read(const T* p, int tail) {
     return tail ? load_partial(p, tail) : load(p);
   }
-  // A vector of each of J keys.
-  template <class T, int J>
-  static void read_keys(const T* const* keys, int64_t d, int tail, Vector* out) {
-    for (int c = 0; c < J; ++c) out[c] = read(keys[c] + d, tail);
-  }
   static Vector query(const float* p) { return load(p); }
   static Vector weight(const float* p) { return F32::all(*p); }
   // D vectors of the value that `rows` begin with.
@@ -115,15 +110,25 @@ struct Floats {
   }
 };
 
+// Keys that R query rows take at a time: one vector of sums for each row and key, and all of them
+// reduced at once.
+constexpr int keys_together(int r) { return F32::WIDTH / (r == 3 ? 4 : r); }
+
+template <int R>
+inline void store_reduced(const F32* sums, float* scores, int64_t score_stride) {
+  constexpr int J = keys_together(R);
+  float reduced[F32::WIDTH];
+  store(reduced, reduce_each(sums));
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride, reduced + r * J, J * 4);
+}
+
 // scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
 // F32::WIDTH behind `count`, and fetches as many rows `ahead`; pointers to F32::WIDTH more keys exist.
 // Query rows are `query_bytes` apart.
 template <class P, class KV, int R, bool FETCHES = true>
 void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
                   int64_t count, int64_t dim, float* scores, int64_t score_stride) {
-  // Keys at a time: one vector of sums for each query row and key, and all of them reduced at once.
-  constexpr int J = F32::WIDTH / (R == 3 ? 4 : R);
-  constexpr int W = F32::WIDTH;
+  constexpr int J = keys_together(R), W = F32::WIDTH;
   const int64_t query_stride = query_bytes / sizeof(typename P::Element);
   for (int64_t j = 0; j < count; j += J) {
     F32 sums[W];
@@ -140,8 +145,10 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Cach
       int64_t d = 0;
       for (; d + P::WIDTH <= n; d += P::WIDTH) {
         typename P::Vector k[J];
-        P::template read_keys<T, J>(key, d, 0, k);
-        for (int c = 0; FETCHES && c < J; ++c) fetch(near[c], far[c], d);
+        for (int c = 0; c < J; ++c) {
+          k[c] = P::read(key[c] + d, 0);
+          if (FETCHES) fetch(near[c], far[c], d);
+        }
         for (int r = 0; r < R; ++r) {
           const auto x = held(P::query(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
@@ -157,18 +164,21 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Cach
         }
       }
     });
-    float reduced[W];
-    store(reduced, reduce_each(sums));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride + j, reduced + r * J, J * 4);
+    store_reduced<R>(sums, scores + j, score_stride);
   }
 }
 
-// out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...].
+template <class P, class KV, int R>
+constexpr auto dot_loop = &dot_products<P, KV, R>;
+
+// out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...]. Never begins within such
+// D vectors, from which compilers see what is to be fetched.
 template <class P, class T, int R, int D>
 inline void accumulate_vectors(const typename P::Element* weights, int64_t weight_stride,
                                CacheRows values, CacheRows ahead, int64_t count, int64_t d,
                                int tail, typename P::SumElement* out, int64_t out_stride) {
   constexpr int W = F32::WIDTH, N = D * P::KEYS;
+  if (d % (D * P::WIDTH) != 0) __builtin_unreachable();
   typename P::Sum sums[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sums[i] = load(out + i / N * out_stride + i % N * W);
