@@ -1,7 +1,8 @@
 // Times the parts of attention on AMX tiles, on one core, for several block sizes: what to change
 // in csrc/cpu/attention_engine_amx.h is read off here in a minute.
 //
-//   F="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16"
+//   F="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
+//   F="$F -mavx512bf16"
 //   g++ -std=c++17 -O3 -ffp-contract=off -Icsrc $F benchmarks/amx_engine.cpp -o /tmp/amx_engine
 //   taskset -c 0 /tmp/amx_engine
 //

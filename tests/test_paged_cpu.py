@@ -136,6 +136,41 @@ def test_every_code_is_exact_in_both_arithmetics(cache: str) -> None:
         assert torch.equal(out.float(), expected), q_dtype
 
 
+@both_arithmetics
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+def test_every_fp8_code_is_exact_wherever_it_is(dtype: torch.dtype, heads: int, dim: int) -> None:
+    """A query that is zero but for one element gets a single key's code for a score."""
+    requests = torch.arange(256)
+    chosen = (requests[:, None] + 37 * torch.arange(heads)) % dim  # element of a request and head
+    codes = (torch.arange(dim) - requests[:, None] % dim + requests[:, None]) % 256
+    codes[codes & 0x7F == 0x7F] = 0  # not a number
+    keys, values = codes, codes.flip(0)
+    arguments = {
+        "k_cache": keys.to(torch.uint8).view(torch.float8_e4m3fn).view(256, 1, 1, dim),
+        "v_cache": values.to(torch.uint8).view(torch.float8_e4m3fn).view(256, 1, 1, dim),
+        "k_scale": torch.ones(256, 1, 1),
+        "v_scale": torch.ones(256, 1, 1),
+        "block_table": requests.int()[:, None],
+        "cache_seqlens": torch.ones(256, dtype=torch.int32),
+    }
+    q = torch.nn.functional.one_hot(chosen, dim).to(dtype)
+    out, lse = paged_attention(q, **arguments, scale=1.0, return_lse=True, backend="cpu")
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(lse, numbers[keys.gather(1, chosen)].float())
+    assert torch.equal(out, numbers[values][:, None].expand(256, heads, dim).to(dtype))
+
+    for name, index in (("k_cache", 0), ("v_cache", 1)):
+        for code in (0x7F, 0xFF):
+            poisoned = arguments[name].clone()
+            poisoned.view(torch.uint8)[requests, 0, 0, chosen[:, 0]] = code
+            results = paged_attention(
+                q, **arguments | {name: poisoned}, scale=1.0, return_lse=True, backend="cpu"
+            )
+            first = results[0][requests, 0, chosen[:, 0]] if index else results[1][:, 0]
+            assert first.isnan().all(), (name, code)
+
+
 def test_any_table_and_lengths_are_safe() -> None:
     inputs = Inputs(torch.float32)
     arguments = _cache(inputs, 5, 4)

@@ -34,8 +34,7 @@ inline Arithmetic arithmetic_of(const Attention& a) {
 
 template <class P, class KV>
 constexpr RowLoops row_loops(decltype(RowLoops::expand) expand, decltype(RowLoops::collect) collect) {
-  return {{dot_products<P, KV, 1>, dot_products<P, KV, 2>, dot_products<P, KV, 3>,
-           dot_products<P, KV, 4>},
+  return {{dot_loop<P, KV, 1>, dot_loop<P, KV, 2>, dot_loop<P, KV, 3>, dot_loop<P, KV, 4>},
           {accumulate_products<P, KV, 1>, accumulate_products<P, KV, 2>,
            accumulate_products<P, KV, 3>, accumulate_products<P, KV, 4>},
           expand,

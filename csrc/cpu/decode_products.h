@@ -110,11 +110,11 @@ class DecodeProducts {
   }
 
  private:
-  // Up to here rows are converted again for every ROWS of them; beyond, once and kept in memory.
-  static constexpr int64_t MAX_DIRECT_ROWS = 2 * ROWS;
-
+  // A few rows convert what they read again for every ROWS of them; more convert it once, to memory.
   bool expands(const TaskRows& rows, bool careful) const {
-    return careful || (rows.count > MAX_DIRECT_ROWS && !loops_.is_expanded);
+    const bool is_cheap = arithmetic_of(a_) == Arithmetic::pairs || element_size(a_.kv_dtype) > 1;
+    const int64_t few = (is_cheap ? 8 : 2) * ROWS;
+    return careful || (rows.count > few && !loops_.is_expanded);
   }
 
   // Value j + i of a block to row i of b.v_tile. With care, a row that is not finite becomes zero, and

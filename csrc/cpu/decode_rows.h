@@ -110,15 +110,25 @@ struct Floats {
   }
 };
 
+// Keys that R query rows take at a time: one vector of sums for each row and key, and all of them
+// reduced at once.
+constexpr int keys_together(int r) { return F32::WIDTH / (r == 3 ? 4 : r); }
+
+template <int R>
+inline void store_reduced(const F32* sums, float* scores, int64_t score_stride) {
+  constexpr int J = keys_together(R);
+  float reduced[F32::WIDTH];
+  store(reduced, reduce_each(sums));
+  for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride, reduced + r * J, J * 4);
+}
+
 // scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
 // F32::WIDTH behind `count`, and fetches as many rows `ahead`; pointers to F32::WIDTH more keys exist.
 // Query rows are `query_bytes` apart.
 template <class P, class KV, int R, bool FETCHES = true>
 void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
                   int64_t count, int64_t dim, float* scores, int64_t score_stride) {
-  // Keys at a time: one vector of sums for each query row and key, and all of them reduced at once.
-  constexpr int J = F32::WIDTH / (R == 3 ? 4 : R);
-  constexpr int W = F32::WIDTH;
+  constexpr int J = keys_together(R), W = F32::WIDTH;
   const int64_t query_stride = query_bytes / sizeof(typename P::Element);
   for (int64_t j = 0; j < count; j += J) {
     F32 sums[W];
@@ -154,18 +164,21 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Cach
         }
       }
     });
-    float reduced[W];
-    store(reduced, reduce_each(sums));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride + j, reduced + r * J, J * 4);
+    store_reduced<R>(sums, scores + j, score_stride);
   }
 }
 
-// out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...].
+template <class P, class KV, int R>
+constexpr auto dot_loop = &dot_products<P, KV, R>;
+
+// out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...]. Never begins within such
+// D vectors, from which compilers see what is to be fetched.
 template <class P, class T, int R, int D>
 inline void accumulate_vectors(const typename P::Element* weights, int64_t weight_stride,
                                CacheRows values, CacheRows ahead, int64_t count, int64_t d,
                                int tail, typename P::SumElement* out, int64_t out_stride) {
   constexpr int W = F32::WIDTH, N = D * P::KEYS;
+  if (d % (D * P::WIDTH) != 0) __builtin_unreachable();
   typename P::Sum sums[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sums[i] = load(out + i / N * out_stride + i % N * W);

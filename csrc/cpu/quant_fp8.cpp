@@ -17,19 +17,18 @@ constexpr int STRIP_PAIRS = STRIP / 2;
 // Codes of strips [first, first + deep) of a panel to `out`, of which a row (one pair of k) has PANEL
 // pairs.
 void widen(const QuantizedWeight& w, int64_t panel, int64_t first, int deep, BFloat16Pair* out) {
-  // Bytes 0 and 1, or 2 and 3, of every word to the lower bytes of its halves; -1 is a zero.
-  const __m512i low = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1));
-  const __m512i high = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1));
+  // Bytes 0 and 1 of every word first, then 2 and 3.
+  const __m512i halves = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
   constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS;
   const uint8_t* data = w.data + panel * w.panel_bytes + first * STRIP_BYTES;
   for (int s = 0; s < deep; ++s, data += STRIP_BYTES) {
     prefetch<2>(data, STRIP_BYTES, deep * STRIP_BYTES);  // the next block
     for (int q = 0; q < QUADS; ++q, out += 2 * PANEL) {
-      const __m512i words = load_int(data + q * 64).v;
-      store(&out->low, float8_pairs(_mm512_shuffle_epi8(words, low)));
-      store(&out[PANEL].low, float8_pairs(_mm512_shuffle_epi8(words, high)));
+      Pairs first, second;
+      float8_pairs(_mm512_shuffle_epi8(load_int(data + q * 64).v, halves), first, second);
+      store(&out->low, first);
+      store(&out[PANEL].low, second);
     }
   }
 }

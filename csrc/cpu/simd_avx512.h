@@ -1,4 +1,4 @@
-// F32 on AVX-512 (F, BW, VL, BF16): sixteen lanes.
+// F32 on AVX-512 (F, BW, DQ, VL, VBMI, VNNI, BF16): sixteen lanes.
 #pragma once
 
 namespace tilewise {

@@ -37,40 +37,69 @@ inline void store(BFloat16* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
 
 inline Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
 
-inline __m512i widen_bytes(const uint8_t* p) {
-  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-// The magnitudes of Float8, by their seven bits.
+// The two bytes of Float8 magnitudes in bfloat16, by their seven bits.
 struct Float8Table {
-  alignas(64) uint16_t bits[128];
+  alignas(64) uint8_t lower[128], upper[128];
 };
 
 constexpr Float8Table float8_table() {
   Float8Table table{};
-  for (int code = 1; code < 127; ++code) {
+  for (int code = 1; code < 128; ++code) {
     int bits = (code << 4) + (120 << 7);  // exponent bias 7 against 127
     for (int top = 0; code >> 3 == 0 && top < 3; ++top) {  // of a subnormal, its highest bit
       if (code >> top == 1) bits = (118 + top) << 7 | (code << (7 - top) & 0x7f);
     }
-    table.bits[code] = static_cast<uint16_t>(bits);
+    if (code == 127) bits = 0x7fc0;
+    table.lower[code] = static_cast<uint8_t>(bits);
+    table.upper[code] = static_cast<uint8_t>(bits >> 8);
   }
-  table.bits[127] = 0x7fc0;
   return table;
 }
 
-// Float8 in the lower halves of words, the upper ones zero.
-inline Pairs float8_pairs(__m512i words) {
+// 64 codes of Float8: the first eight of each sixteen in `low`, the others in `high`.
+inline void float8_pairs(__m512i codes, Pairs& low, Pairs& high) {
   static constexpr Float8Table TABLE = float8_table();
-  const auto table = [](int i) { return _mm512_load_si512(TABLE.bits + 32 * i); };
-  const __m512i small = _mm512_permutex2var_epi16(table(0), words, table(1));
-  const __m512i large = _mm512_permutex2var_epi16(table(2), words, table(3));
-  const __mmask32 is_large = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x40));
-  const __m512i magnitude = _mm512_mask_blend_epi16(is_large, small, large);
-  const __m512i sign = _mm512_set1_epi16(INT16_MIN);
-  return {_mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(words, 8), magnitude, 0xea)};
+  const auto look_up = [&](const uint8_t* table) {  // by the lower seven bits
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), codes,
+                                    _mm512_load_si512(table + 64));
+  };
+  const __m512i lower = look_up(TABLE.lower), sign = _mm512_set1_epi8(INT8_MIN);
+  const __m512i upper = _mm512_ternarylogic_epi32(look_up(TABLE.upper), codes, sign, 0xf8);
+  low.v = _mm512_unpacklo_epi8(lower, upper);
+  high.v = _mm512_unpackhi_epi8(lower, upper);
 }
-inline Pairs load_pairs(const Float8* p) { return float8_pairs(widen_bytes(&p->bits)); }
+
+// 32 codes, and nothing of use behind them.
+inline __m512i load_codes(const Float8* p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Elements of two rows.
+inline void load_pairs(const Float8* a, const Float8* b, Pairs& of_a, Pairs& of_b) {
+  const __m512i turns = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  float8_pairs(_mm512_permutex2var_epi64(load_codes(a), turns, load_codes(b)), of_a, of_b);
+}
+inline Pairs load_pairs(const Float8* p) {
+  Pairs x, unused;
+  load_pairs(p, p, x, unused);
+  return x;
+}
+
+// What `interleave` makes of the elements of two rows.
+inline void load_interleaved(const BFloat16* a, const BFloat16* b, Pairs& low, Pairs& high) {
+  interleave(load_pairs(a), load_pairs(b), low, high);
+}
+inline void load_interleaved(const Float8* a, const Float8* b, Pairs& low, Pairs& high) {
+  const __m512i turns = _mm512_setr_epi32(  // of bytes
+      0x41014000, 0x43034202, 0x45054404, 0x47074606, 0x49094808, 0x4b0b4a0a, 0x4d0d4c0c,
+      0x4f0f4e0e, 0x51115010, 0x53135212, 0x55155414, 0x57175616, 0x59195818, 0x5b1b5a1a,
+      0x5d1d5c1c, 0x5f1f5e1e);
+  float8_pairs(_mm512_permutex2var_epi8(load_codes(a), turns, load_codes(b)), low, high);
+}
+
+inline __m512i widen_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 // Pairs of 16-bit integers, whose products are added to 32-bit sums.
 struct Words {

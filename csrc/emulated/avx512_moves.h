@@ -168,6 +168,9 @@ inline __m512i _mm512_permutexvar_epi64(__m512i i, __m512i a) {
 inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i i, __m512 b) {
   return emulated_permute2<uint32_t>(a, i, b);
 }
+inline __m512i _mm512_permutex2var_epi8(__m512i a, __m512i i, __m512i b) {
+  return emulated_permute2<uint8_t>(a, i, b);
+}
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i i, __m512i b) {
   return emulated_permute2<uint16_t>(a, i, b);
 }

@@ -23,6 +23,7 @@
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
+#define __AVX512VBMI__ 1
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
 #define TILEWISE_EMULATED 1

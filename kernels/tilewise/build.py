@@ -43,7 +43,8 @@ _FLAGS = (
 # Never -march=native: a library may be built on one machine and used on another.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 _AVX512 = (
-    *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16",
+    *_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni",
+    "-mavx512bf16",
     # GCC 12 mistakes the operands that its own avx512fintrin.h leaves undefined on purpose.
     "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option",
 )  # fmt: skip

@@ -27,7 +27,7 @@ from tilewise.build import Finding, version_line
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"})
 _AVX512 = _AVX2 | {
-    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16",
+    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bf16",
 }  # fmt: skip
 INSTRUCTION_SETS: dict[str, frozenset[str]] = {
     "amx": _AVX512 | {"amx_tile", "amx_bf16", "amx_int8"},

@@ -92,7 +92,9 @@ def operations(device: str) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
-_SHOWN_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+_SHOWN_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16",
+)  # fmt: skip
 
 
 def _print_facts(found: dict[str, Any], console: Console) -> None:
