@@ -39,7 +39,8 @@ namespace {
 OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth,
                                          int64_t group_size, Tensor data, OptionalTensor scales,
                                          OptionalTensor zeros, OptionalTensor bias, int64_t finish,
-                                         OptionalTensor residual, int64_t activation_group) {
+                                         OptionalTensor residual, int64_t rounding,
+                                         int64_t activation_group) {
   const int32_t dtype = dtype_code(x);
   std::vector<int64_t> size = size_of(x);
   const bool is_gated = finish == static_cast<int64_t>(Finish::swiglu);
@@ -62,6 +63,7 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
   call.x = x.data_ptr();
   call.x_stride = depth;
   call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  call.rounding = static_cast<Rounding>(rounding);
   call.activation_group = activation_group > 0 ? activation_group : 0;
   call.bias = pointer(bias);
   call.residual = pointer(residual);
@@ -139,7 +141,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def(
       "plain_quantized_matmul(Tensor x, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
-      "int activation_group) -> Tensor?");
+      "int rounding, int activation_group) -> Tensor?");
   m.def(
       "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");

@@ -173,7 +173,11 @@ def test_an_unusual_argument_makes_no_difference(op: str) -> None:
             _assert_no_difference(op, arguments | changes)
         for weight in (None, arguments["x"], quantize(torch.randn(9, 64)).to_panels()):
             _assert_no_difference(op, arguments | {"weight": weight, "activation": "swiglu"})
-        _assert_no_difference(op, arguments | {"act": "int8"})
+        assert _is_plain(op, arguments | {"act": "int8"})
+        for act in ("int8", "fp8", "x", 1, [], True):
+            _assert_no_difference(op, arguments | {"act": act})
+        fp8 = quantize(torch.randn(10, 64), "fp8").to_panels()
+        _assert_no_difference(op, arguments | {"weight": fp8, "act": "fp8"})
     tensors = _tensors(arguments)
     for name, x in tensors.items():
         for value in (None, [1.0], x.tolist(), x.to("meta"), *_other_shapes(x)):

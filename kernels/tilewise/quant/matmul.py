@@ -170,8 +170,8 @@ def quantized_matmul(
     Source: Hu et al., LoRA, 2021 (arXiv:2106.09685) for the adapter; Shazeer, GLU Variants Improve
         Transformer, 2020 (arXiv:2002.05202) for swiglu.
     """
-    if act is None and adapter is None and not validate:
-        out = native.quantized_matmul_plainly(backend, x, weight, bias, activation, residual)
+    if adapter is None and not validate:
+        out = native.quantized_matmul_plainly(backend, x, weight, bias, activation, residual, act)
         if out is not None:
             return out
     _check_quantized_matmul(

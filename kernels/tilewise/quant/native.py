@@ -33,6 +33,9 @@ _ACTIVATION_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "swiglu": 4}
 _ACT_CODES = {None: 0, "int8": 1, "fp8": 2}
 """The order of C++'s `enum class Rounding`."""
 
+_NAMES = (str, type(None))
+"""The types of what can be looked up in them."""
+
 
 def why_not(x: torch.Tensor, weight: QuantizedTensor, *others: Any, **options: Any) -> str | None:
     """Why the C++ kernels cannot take the call."""
@@ -67,6 +70,7 @@ def quantized_matmul_plainly(
     bias: torch.Tensor | None,
     activation: str | None,
     residual: torch.Tensor | None,
+    act: str | None,
 ) -> torch.Tensor | None:
     """What `quantized_matmul` returns for a plain call; None for any other.
 
@@ -76,13 +80,14 @@ def quantized_matmul_plainly(
         return None
     others = (t for t in (bias, residual) if t is not None)
     operators = cpu.plain_operators("quantized_matmul", backend, x, weight.data, *others)
-    if operators is None or not (activation is None or type(activation) is str):
+    if operators is None or type(activation) not in _NAMES or type(act) not in _NAMES:
         return None
-    finish = _ACTIVATION_CODES.get(activation)
-    if finish is None:
+    finish, rounding = _ACTIVATION_CODES.get(activation), _ACT_CODES.get(act)
+    if finish is None or rounding is None or (act == "fp8" and weight.format != "fp8"):
         return None
+    group = naive.activation_group(weight)
     out: torch.Tensor | None = operators.plain_quantized_matmul(
-        x, *describe(weight), bias, finish, residual, naive.activation_group(weight)
+        x, *describe(weight), bias, finish, residual, rounding, group
     )
     return out
 
