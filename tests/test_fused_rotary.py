@@ -192,3 +192,12 @@ def test_tables_name_the_bad_argument(make, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_may_begin_anywhere(backend):
+    x, tables, positions = Inputs().randn(3, 2, 9)[..., 1:], rotary_tables(8, 5), torch.arange(3)
+    tables = tables._replace(interleaved=True)
+    expected = tilewise.rotary_embedding(x.clone(), tables, positions, backend="naive")
+    actual = tilewise.rotary_embedding(x, tables, positions, backend=backend)
+    assert_agrees(actual, expected, expected.double())

@@ -175,6 +175,7 @@ _DENSE = [
     _case("no batch", _dense(3, 5, batch=0, causal=True, return_lse=True)),
     # Scores.
     _case("scale", _dense(5, scale=0.35), cancelled=4.0),
+    _case("scale 0", _dense(17, 15, scale=0.0, causal=True, return_lse=True)),
     _case("softcap", _dense(9, 12, softcap=2.0)),
     _case("alibi", _dense(9, 12, alibi=(2,))),
     _case("alibi, causal", _dense(9, 12, alibi=(2,), causal=True)),
