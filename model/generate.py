@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from tilewise import checks
 from tilewise.model.chat import render_chat
 from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
 from tilewise.model.gpt import GPT, PagedBatch
@@ -125,6 +126,8 @@ class LanguageModel:
         Raises:
             ValueError: for a prompt that is empty or leaves no room for `max_new_tokens`.
         """
+        if not isinstance(prompt, Sequence):
+            raise TypeError(f"prompt: must be text or token ids, got {type(prompt).__name__}")
         is_batch = not isinstance(prompt, str) and any(not _is_token(item) for item in prompt)
         prompts = list(cast(Sequence[Prompt], prompt)) if is_batch else [cast(Prompt, prompt)]
         run = _Run(self, prompts, max_new_tokens, **options)
@@ -262,10 +265,10 @@ class _Run:
         chunk_size: int = 512,
         cache_dtype: torch.dtype | str | None = None,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: must be >= 1, got {max_new_tokens}")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size: must be >= 1, got {chunk_size}")
+        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+            checks.is_integer(name, value)
+            if value < 1:
+                raise ValueError(f"{name}: must be >= 1, got {value}")
         self._started = time.perf_counter()
         self._gpt, self._limit, self._chunk_size = model.gpt, max_new_tokens, chunk_size
         self._sampling: dict[str, Any] = {

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tilewise import checks
 from tilewise.attention import flash_attention
 from tilewise.fused import RotaryTables, rotary_embedding, rotary_tables, swiglu
 from tilewise.model.config import GPTConfig
@@ -259,6 +260,8 @@ class GPT(nn.Module):
         Raises:
             ValueError: for a sequence longer than the model's `max_positions`.
         """
+        checks.has_dtype("token_ids", token_ids, (torch.int64,))
+        checks.has_dims("token_ids", token_ids, "batch seq" if paged is None else "tokens")
         length = token_ids.shape[-1] if paged is None else paged.length
         if length > self.config.max_positions:
             raise ValueError(

@@ -89,8 +89,11 @@ def _raises(call, change, error, message):
         ),
         ({"window": (-2, 0)}, "window: must be >= -1 on both sides, got (-2, 0)"),
         ({"window": (1, 2, 3)}, "window: must be (left, right), got (1, 2, 3)"),
-        ({"softcap": -1.0}, "softcap: must be >= 0, got -1.0"),
-        ({"softcap": math.nan}, "softcap: must be >= 0, got nan"),
+        ({"softcap": -1.0}, "softcap: must be >= 0 and finite, got -1.0"),
+        ({"softcap": math.nan}, "softcap: must be >= 0 and finite, got nan"),
+        ({"softcap": math.inf}, "softcap: must be >= 0 and finite, got inf"),
+        ({"scale": math.nan}, "scale: must be finite, got nan"),
+        ({"scale": -math.inf}, "scale: must be finite, got -inf"),
         (
             {"alibi_slopes": torch.zeros(3)},
             "alibi_slopes: shape must be (4,) or (2, 4), (heads,) or (batch, heads), got (3,)",

@@ -115,6 +115,15 @@ def test_the_exact_gelu_has_digits_left_in_the_tail():
     assert error[x.abs() < 1].max() < 1e-6
 
 
+def test_activations_end_at_0_and_at_infinity():
+    x = torch.cat([torch.tensor([-3e38, -1e38, -1e30, 1e38]), torch.linspace(-95, -80, 301)])
+    for call in (tilewise.swiglu, tilewise.geglu):
+        actual, expected = (call(x, torch.ones_like(x), backend=b) for b in ("cpu", "naive"))
+        assert (actual - expected).abs().max() <= 1e-37  # results below 2^-126 are flushed to 0
+    minus_infinity = torch.full((3,), -math.inf)
+    assert tilewise.swiglu(minus_infinity, torch.ones(3), backend="cpu").isnan().all()
+
+
 # --- past the dispatcher, but not past who watches it ---------------------------------------------
 
 

@@ -73,3 +73,20 @@ def test_the_norm_is_of_the_rounded_sum(norm, backend):
     assert torch.equal(normed, norm(total, weight, eps=1e-5, backend=backend))
     unrounded = norm(x.float() + residual.float(), weight.float(), eps=1e-5, backend="naive")
     assert not torch.equal(normed, unrounded.bfloat16())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("eps", "message"),
+    [
+        ("1e-6", "eps: must be a number, got str"),
+        (None, "eps: must be a number, got NoneType"),
+        (torch.tensor(1e-6), "eps: must be a number, got Tensor"),
+        (-1.0, "eps: must be >= 0, got -1.0"),
+        (float("nan"), "eps: must be >= 0, got nan"),
+    ],
+)
+def test_a_norm_names_a_bad_eps(norm, eps, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        norm(torch.ones(2, 8), torch.ones(8), eps=eps)
+    assert str(caught.value) == message

@@ -192,3 +192,48 @@ def test_tables_name_the_bad_argument(make, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         make()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_may_begin_anywhere(backend):
+    x, tables, positions = Inputs().randn(3, 2, 9)[..., 1:], rotary_tables(8, 5), torch.arange(3)
+    tables = tables._replace(interleaved=True)
+    expected = tilewise.rotary_embedding(x.clone(), tables, positions, backend="naive")
+    actual = tilewise.rotary_embedding(x, tables, positions, backend=backend)
+    assert_agrees(actual, expected, expected.double())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rotary_dim": 8.0}, "rotary_dim: must be an int, got float"),
+        ({"max_positions": "9"}, "max_positions: must be an int, got str"),
+        ({"base": None}, "base: must be a number, got NoneType"),
+        ({"interleaved": 1}, "interleaved: must be a bool, got int"),
+        ({"scaling": 8.0}, "scaling: must be None, LinearScaling or Llama3Scaling, got float"),
+    ],
+)
+def test_tables_name_the_bad_type(change, message):
+    with pytest.raises(TypeError) as caught:
+        rotary_tables(**{"rotary_dim": 8, "max_positions": 9} | change)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LinearScaling("2"), "factor: must be a number, got str"),
+        (
+            lambda: Llama3Scaling(low_freq_factor=None),
+            "low_freq_factor: must be a number, got NoneType",
+        ),
+        (
+            lambda: Llama3Scaling(original_max_positions=8192.0),
+            "original_max_positions: must be an int, got float",
+        ),
+    ],
+)
+def test_scalings_name_the_bad_type(make, message):
+    with pytest.raises(TypeError) as caught:
+        make()
+    assert str(caught.value) == message

@@ -290,6 +290,9 @@ def test_a_conversation_becomes_a_prompt(tiny):
         ([1, True], {}, "prompt: must be text or token ids, got int"),
         ([[1], [1.5]], {}, r"prompt: token ids must be in \[0, 262\), got 1.5"),
         ([1] * 200, {"max_new_tokens": 57}, "max_new_tokens: the model has 256 positions and"),
+        (None, {}, "prompt: must be text or token ids, got NoneType"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens: must be an int, got float"),
+        ([1], {"chunk_size": "8"}, "chunk_size: must be an int, got str"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens: must be >= 1, got 0"),
         ([1], {"chunk_size": 0}, "chunk_size: must be >= 1, got 0"),
         ([1], {"top_p": 0.0}, "top_p: must be > 0"),
@@ -309,6 +312,8 @@ def test_what_needs_a_tokenizer_says_so():
     ):
         with pytest.raises(ValueError, match="no tokenizer"):
             call()
+    with pytest.raises(ValueError, match=r"token_ids: shape must be \(batch, seq\), got \(3,\)"):
+        model.gpt(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="token_ids: a sequence may have 128 tokens, got 129"):
         model.gpt(torch.zeros(1, 129, dtype=torch.int64))
 

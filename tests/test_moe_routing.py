@@ -179,6 +179,9 @@ def _quantized(experts, rows, columns):
             {"router_logits": torch.ones(5, 4).long()},
             "router_logits: dtype must be float32 or float16 or bfloat16 or float64, got int64",
         ),
+        ({"top_k": 1.0}, "top_k: must be an int, got float"),
+        ({"top_k": "2"}, "top_k: must be an int, got str"),
+        ({"normalize": 1}, "normalize: must be a bool, got int"),
         ({"top_k": 0}, "top_k: must be from 1 to the number of experts, 4, got 0"),
         ({"top_k": 5}, "top_k: must be from 1 to the number of experts, 4, got 5"),
         (

@@ -170,6 +170,10 @@ def test_nbytes(dtype, bytes_per_token):
         ({"num_layers": 0}, "num_layers: must be >= 1, got 0"),
         ({"num_pages": 0}, "num_pages: must be >= 1, got 0"),
         ({"page_size": 0}, "page_size: must be >= 1, got 0"),
+        ({"num_layers": 2.5}, "num_layers: must be an int, got float"),
+        ({"num_pages": "8"}, "num_pages: must be an int, got str"),
+        ({"page_size": True}, "page_size: must be an int, got bool"),
+        ({"head_dim": None}, "head_dim: must be an int, got NoneType"),
         ({"v_head_dim": 0}, "v_head_dim: must be >= 1, got 0"),
         ({"dtype": "int4", "v_head_dim": 5}, "v_head_dim: must be even for an int4 cache, got 5"),
         (
@@ -186,5 +190,5 @@ def test_nbytes(dtype, bytes_per_token):
 )
 def test_names_the_bad_size(change, message):
     sizes = {"num_layers": 1, "num_pages": 2, "page_size": 3, "kv_heads": 2, "head_dim": 4}
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
         PagedKVCache(**sizes | change)

@@ -103,7 +103,7 @@ def test_loading_another_format_is_refused():
 def test_a_cast_reaches_the_bias_and_not_the_weight(scheme):
     layer = quantize_(nn.Linear(64, 8), scheme)
     before = layer.weight
-    for cast in (nn.Module.half, nn.Module.double, nn.Module.bfloat16):
+    for cast in (nn.Module.half, nn.Module.double, lambda m: m.type(torch.bfloat16)):
         cast(layer)
     after = layer.weight
     assert layer.bias.dtype == torch.bfloat16
@@ -194,8 +194,15 @@ def test_says_what_it_is():
             torch.ones(7),
             "bias: shape must be (8,) (weight's N), got (7,)",
         ),
+        (torch.ones(8, 64), None, "weight: must be a QuantizedTensor, got Tensor"),
+        (quantize(torch.ones(8, 64)), True, "bias: must be a torch.Tensor, got bool"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(weight, bias, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         QuantLinear(weight, bias)
+
+
+def test_only_a_model_is_quantized_in_place():
+    with pytest.raises(TypeError, match=re.escape("model: must be an nn.Module, got Tensor")):
+        quantize_(torch.ones(8, 64))

@@ -368,7 +368,11 @@ ONE = torch.ones(2, 64)
             ValueError,
             "act: 'fp8' needs a weight in format fp8, got one in int4",
         ),
-        ({"adapter": ONE}, TypeError, "adapter: must be a pair of tensors (K, r) and (r, N)"),
+        (
+            {"adapter": ONE},
+            TypeError,
+            "adapter: must be a pair of tensors (K, r) and (r, N), got Tensor",
+        ),
         (
             {"adapter": (torch.ones(63, 2), torch.ones(2, 16))},
             ValueError,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -104,10 +106,32 @@ def test_panels_of_the_wrong_shape_are_refused():
         QuantizedTensor("int4", (20, 64), 64, panels.data[:1], panels.scales, panels.zeros)
 
 
-@needs_cpu
-def test_a_weight_that_changes_in_place_is_turned_again():
-    weight, x = weight_of("int8", 16, 32), torch.eye(32)
-    quantized_matmul(x, weight, backend="cpu")
-    weight.data.zero_()
+def assert_cpu_agrees(weight: QuantizedTensor) -> None:
+    x = torch.eye(weight.shape[1])
     expected = quantized_matmul(x, weight, backend="naive")
     assert_agrees(quantized_matmul(x, weight, backend="cpu"), expected, expected.double())
+
+
+@needs_cpu
+@pytest.mark.parametrize("part", ["data", "scales", "zeros"])
+def test_a_weight_that_changes_in_place_is_turned_again(part):
+    weight = weight_of("int8", 16, 32)
+    assert_cpu_agrees(weight)
+    getattr(weight, part).mul_(0)
+    assert_cpu_agrees(weight)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: {"scales": 2 * w.scales},
+        lambda w: {"zeros": None},
+        lambda w: {"format": "nf4", "zeros": None},
+        lambda w: {"shape": (16, 50)},
+    ],
+)
+def test_weights_may_share_their_data(change):
+    weight = quantize(Inputs().randn(16, 64), "int4", group_size=64)
+    assert_cpu_agrees(weight)
+    assert_cpu_agrees(dataclasses.replace(weight, **change(weight)))

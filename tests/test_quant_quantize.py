@@ -163,6 +163,9 @@ def test_a_weight_without_rows():
         ({"scheme": "Q4_0"}, "scheme: must be one of int8, int4, nf4, fp8, mxfp4, got 'Q4_0'"),
         ({"group_size": 16}, "group_size: must be 64 or 32 or 128 or -1 for int4, got 16"),
         ({"scheme": "mxfp4", "group_size": 64}, "group_size: must be 32 for mxfp4, got 64"),
+        ({"group_size": "32"}, "group_size: must be an int, got str"),
+        ({"group_size": 32.0}, "group_size: must be an int, got float"),
+        ({"symmetric": 1}, "symmetric: must be a bool, got int"),
         ({"search": "best"}, "search: must be 'minmax' or 'mse', got 'best'"),
         ({"weight": torch.ones(64)}, "weight: shape must be (..., N, K) with K > 0, got (64,)"),
         ({"weight": torch.ones(2, 0)}, "weight: shape must be (..., N, K) with K > 0, got (2, 0)"),
@@ -177,7 +180,7 @@ def test_a_weight_without_rows():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         quantize(**({"weight": torch.ones(2, 64)} | change))
 
 

@@ -15,8 +15,9 @@ namespace tilewise {
 // e^x to 1e-7 relative for every x: unlike exp2(x * LOG2E), whose error grows with |x|. It is 0
 // below 2^-126 and inf above the largest float. Range reduction and polynomial as in Cephes' expf.
 inline F32 exp_exact(F32 x) {
-  // max and min return their second operand if one is NaN.
-  x = min(F32::all(90.0f), max(F32::all(-90.0f), x));
+  // max and min return their second operand if one is NaN. 89 gives
+  // inf and n = 128.
+  x = min(F32::all(89.0f), max(F32::all(-90.0f), x));
   const F32 n = round(x * F32::all(LOG2E));
   F32 r = fma(n, F32::all(-0.693359375f), x);
   r = fma(n, F32::all(2.12194440e-4f), r);
@@ -28,8 +29,7 @@ inline F32 exp_exact(F32 x) {
   p = fma(p, r, F32::all(5.0000001201e-1f));
   p = fma(p, r * r, r) + F32::all(1.0f);
   // 2^128 is no float, but twice 2^127 times p < 1 is one: n = 128 needs the halved power.
-  const F32 half = min(n, F32::all(128.0f)) - F32::all(1.0f);
-  return scale_by_power(p + p, half, n);
+  return scale_by_power(p + p, n - F32::all(1.0f), n);
 }
 
 struct Silu {

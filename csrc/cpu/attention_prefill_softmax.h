@@ -38,8 +38,9 @@ class ScoreOptions {
  public:
   explicit ScoreOptions(const Attention& a)
       : a_(a),
-        // The maximum is taken before the factor is applied, which must not turn it round.
-        plain_(!(a.softcap > 0) && !a.alibi_slopes && !a.bias && a.scale >= 0) {}
+        // The maximum is taken before the factor is applied, which must not turn it round, nor
+        // make hidden scores visible: 0 * -inf is NaN.
+        plain_(!(a.softcap > 0) && !a.alibi_slopes && !a.bias && a.scale > 0) {}
 
   bool plain() const { return plain_; }
   float factor() const { return plain_ ? a_.scale * LOG2E : LOG2E; }

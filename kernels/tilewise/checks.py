@@ -17,6 +17,25 @@ def is_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
 
 
+def is_integer(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int (and not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
+
+
+def is_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int or a float (and not a bool)."""
+    numbers = (float, int, torch.SymFloat, torch.SymInt)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
+
+
+def is_bool(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be a bool, got {type(value).__name__}")
+
+
 def has_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
     """Raise unless `tensor` is a tensor of one of the allowed dtypes."""
     is_tensor(name, tensor)

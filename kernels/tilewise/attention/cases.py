@@ -175,6 +175,7 @@ _DENSE = [
     _case("no batch", _dense(3, 5, batch=0, causal=True, return_lse=True)),
     # Scores.
     _case("scale", _dense(5, scale=0.35), cancelled=4.0),
+    _case("scale 0", _dense(17, 15, scale=0.0, causal=True, return_lse=True)),
     _case("softcap", _dense(9, 12, softcap=2.0)),
     _case("alibi", _dense(9, 12, alibi=(2,))),
     _case("alibi, causal", _dense(9, 12, alibi=(2,), causal=True)),
@@ -303,6 +304,10 @@ _RAGGED = [
     ),
     _ragged_case("padding", _ragged((3, 5), padding=3, return_lse=True), poison=True),
     _ragged_case("padding only", _ragged((), padding=3, sinks=True, return_lse=True), poison=True),
+    _ragged_case(
+        "padding only, batch invariant",
+        _ragged((), padding=3, batch_invariant=True, return_lse=True),
+    ),
     _ragged_case("no tokens", _ragged((0, 0), causal=True, return_lse=True)),
     _ragged_case("no keys", _ragged((2, 3), (0, 0), return_lse=True)),
     _ragged_case("window", _ragged((6, 4), (9, 7), window=(1, 1)), poison=True),
@@ -310,6 +315,10 @@ _RAGGED = [
     _ragged_case("alibi", _ragged((6, 4), (9, 7), padding=1, alibi=(2,), causal=True)),
     _ragged_case("sinks", _ragged((6, 4), sinks=True), more_grad=("sinks",)),
     _ragged_case("bias", _ragged((6, 4), padding=1, bias=(2, 11, 6)), more_grad=("bias",)),
+    _ragged_case("bias of one number", _ragged((6, 4), bias=())),
+    _ragged_case(
+        "bias of one number, batch invariant", _ragged((6, 4), bias=(), batch_invariant=True)
+    ),
     _ragged_case("bias by head", _ragged((6, 4), bias=(2, 1, 6)), more_grad=("bias",)),
     _ragged_case("mask", _ragged((6, 4), (5, 9), mask=(1, 10, 9), return_lse=True), poison=True),
     _ragged_case(

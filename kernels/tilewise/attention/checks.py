@@ -6,6 +6,7 @@ reading them makes a GPU wait.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -88,7 +89,7 @@ def check_flash_attention_varlen(
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None:
-            is_integer(name, longest)
+            checks.is_integer(name, longest)
             if longest < 0:
                 raise ValueError(f"{name}: must be >= 0, got {longest}")
     check_options(
@@ -112,7 +113,7 @@ def check_flash_attention_varlen(
     if validate:
         validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", len(q), max_seqlen_q, "max_seqlen_q")
         validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", len(k), max_seqlen_k, "max_seqlen_k")
-        if bias is not None and bias.shape[-1] != 1:
+        if bias is not None and bias.dim() and bias.shape[-1] != 1:
             validate_cu_seqlens(
                 "cu_seqlens_k", cu_seqlens_k, "k", len(k), bias.shape[-1], "bias: last dimension"
             )
@@ -140,12 +141,6 @@ def check_merge_states(
 
 
 # --- what dense, ragged and paged attention have in common ----------------------------------------
-
-
-def is_integer(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int (and not a bool)."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: must be an int, got {type(value).__name__}")
 
 
 def check_heads(
@@ -251,20 +246,21 @@ def _check_numbers(
         ("return_lse", return_lse),
         ("batch_invariant", batch_invariant),
     ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: must be a bool, got {type(flag).__name__}")
+        checks.is_bool(name, flag)
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale: must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: must be finite, got {scale}")
     if not isinstance(softcap, (int, float)):
         raise TypeError(f"softcap: must be a number, got {type(softcap).__name__}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap: must be >= 0, got {softcap}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: must be >= 0 and finite, got {softcap}")
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"window: must be (left, right), got {type(window).__name__}")
     if len(window) != 2:
         raise ValueError(f"window: must be (left, right), got {tuple(window)}")
     for side in window:
-        is_integer("window", side)
+        checks.is_integer("window", side)
         if side < -1:
             raise ValueError(f"window: must be >= -1 on both sides, got {tuple(window)}")
 

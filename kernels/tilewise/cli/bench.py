@@ -67,6 +67,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.repetitions < 1:
         raise UserError("--repetitions: must be at least 1")
+    for path in (options.json, options.plot):
+        if path:
+            write_file(path, lambda path: open(path, "a").close())  # not after all that work
     device = device_of(options)
     if options.quality:
         return quality.run_quality(options, device)

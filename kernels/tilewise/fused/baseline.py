@@ -46,8 +46,8 @@ def rotary_embedding(
     turn = torch.complex(*(table.to(h.dtype) for table in rows_at(tables, positions)))
     turned, rest = h.tensor_split((2 * turn.shape[-1],), dim=-1)
     if tables.interleaved:
-        pairs = torch.view_as_complex(turned.unflatten(-1, (-1, 2)).contiguous())
-        turned = torch.view_as_real(pairs * turn).flatten(-2)
+        pairs = torch.complex(*turned.unflatten(-1, (-1, 2)).unbind(-1)) * turn
+        turned = torch.view_as_real(pairs).flatten(-2)
     else:
         pairs = torch.complex(*turned.chunk(2, dim=-1)) * turn
         turned = torch.cat((pairs.real, pairs.imag), -1)

@@ -159,6 +159,7 @@ CASES = [
     Case("rotary_embedding", "one token", _rotary(1, 2, rotary_dim=2)),
     Case("rotary_embedding", "no batch", _rotary(3, 8, rotary_dim=8)),
     Case("rotary_embedding", "empty", _rotary(0, 3, 8, rotary_dim=8)),
+    Case("rotary_embedding", "no heads", _rotary(2, 3, 0, 8, rotary_dim=8)),
     Case("swiglu", "rows", _gated(7, 127), grad=("gate", "up")),
     Case("swiglu", "halves", _halves(3, 5, 126), grad=("gate", "up")),
     Case("swiglu", "large", _gated(3, 63, scale=100)),

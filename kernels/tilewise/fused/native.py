@@ -127,7 +127,7 @@ def _rotary_embedding(
     inverse: bool,
 ) -> torch.Tensor:
     out = empty_like(x)
-    heads = cpu.unit_stride(x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:]))
+    heads = cpu.unit_stride(x if x.dim() == 3 else x.reshape(positions.numel(), *x.shape[-2:]))
     tables = (cos.contiguous(), sin.contiguous(), positions.contiguous())
     native.cpu_ops().rotary_embedding(heads, *tables, interleaved, inverse, out)
     return out

@@ -11,12 +11,17 @@ from tilewise.dispatch import Cost, Impl, Op
 from tilewise.fused import autograd, baseline, naive, native, triton
 
 
-def _check_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
+def _check_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> None:
     checks.has_dtype("x", x, checks.FLOATS)
     checks.like("weight", weight, "x", x)
     if x.dim() == 0:
         raise ValueError("x: shape must be (..., dim), got ()")
     checks.has_shape("weight", weight, (x.shape[-1],), "x's last dimension")
+    checks.is_number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps: must be >= 0, got {eps}")
     if residual is not None:
         checks.like("residual", residual, "x", x)
         checks.has_shape("residual", residual, tuple(x.shape), "x's shape")
@@ -38,7 +43,7 @@ def _check_rms_norm(
     residual: torch.Tensor | None = None,
     validate: bool = False,
 ) -> None:
-    _check_norm(x, weight, residual)
+    _check_norm(x, weight, eps, residual)
 
 
 def _cost_rms_norm(
@@ -117,7 +122,7 @@ def _check_layer_norm(
     residual: torch.Tensor | None = None,
     validate: bool = False,
 ) -> None:
-    _check_norm(x, weight, residual)
+    _check_norm(x, weight, eps, residual)
     if bias is not None:
         checks.like("bias", bias, "x", x)
         checks.has_shape("bias", bias, (x.shape[-1],), "x's last dimension")

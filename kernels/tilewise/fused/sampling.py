@@ -39,9 +39,10 @@ def _check_parameter(
             return
         row = int(outside.nonzero()[0])
         got = f"{value[row].item()} in row {row}"
-    elif (value > low if is_above else value >= low) and value <= high:
-        return
     else:
+        (checks.is_integer if is_integer else checks.is_number)(name, value)
+        if (value > low if is_above else value >= low) and value <= high:
+            return
         got = str(value)
     limit = f"{'>' if is_above else '>='} {low}"
     raise ValueError(f"{name}: must be {limit}{'' if high > 1 else f' and <= {high}'}, got {got}")
@@ -90,6 +91,7 @@ def _check(
         checks.on_device_of("previous_tokens", previous_tokens, "logits", logits)
     elif isinstance(repetition_penalty, torch.Tensor) or repetition_penalty != 1:
         raise ValueError("previous_tokens: a repetition_penalty needs them, got None")
+    checks.is_integer("seed", seed)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: must be a 64-bit integer, got {seed}")
     if sample_ids is not None:

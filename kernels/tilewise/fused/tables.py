@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from tilewise import checks
+
 
 class RotaryTables(NamedTuple):
     """What every position turns by.
@@ -66,6 +68,9 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         _at_least_one("factor", self.factor)
+        checks.is_number("low_freq_factor", self.low_freq_factor)
+        checks.is_number("high_freq_factor", self.high_freq_factor)
+        checks.is_integer("original_max_positions", self.original_max_positions)
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 "low_freq_factor: must be above 0 and below high_freq_factor "
@@ -115,6 +120,13 @@ def rotary_tables(
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021
     (arXiv:2104.09864).
     """
+    checks.is_integer("rotary_dim", rotary_dim)
+    checks.is_integer("max_positions", max_positions)
+    checks.is_number("base", base)
+    checks.is_bool("interleaved", interleaved)
+    if scaling is not None and not isinstance(scaling, (LinearScaling, Llama3Scaling)):
+        wanted = "None, LinearScaling or Llama3Scaling"
+        raise TypeError(f"scaling: must be {wanted}, got {type(scaling).__name__}")
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(f"rotary_dim: must be even and >= 2, got {rotary_dim}")
     if max_positions < 1:
@@ -131,5 +143,6 @@ def rotary_tables(
 
 
 def _at_least_one(name: str, value: float) -> None:
+    checks.is_number(name, value)
     if not value >= 1:
         raise ValueError(f"{name}: must be >= 1, got {value}")

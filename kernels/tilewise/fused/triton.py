@@ -193,7 +193,7 @@ def _rotary_embedding(
     out = empty_like(x)
     if out.numel() == 0:
         return out
-    tokens = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+    tokens = x if x.dim() == 3 else x.reshape(positions.numel(), *x.shape[-2:])
     if tokens.stride(2) != 1:
         tokens = tokens.contiguous()
     count, heads, dim = tokens.shape

@@ -47,6 +47,8 @@ def _check(
     experts = router_logits.shape[1]
     checks.has_shape("router_logits", router_logits, (tokens, experts), "x's tokens")
     checks.on_device_of("router_logits", router_logits, "x", x)
+    checks.is_bool("normalize", normalize)
+    checks.is_integer("top_k", top_k)
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k: must be from 1 to the number of experts, {experts}, got {top_k}")
     for name, weight in (("w_gate_up", w_gate_up), ("w_down", w_down)):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tilewise import checks
 from tilewise.paged import kv_formats
 from tilewise.paged.allocator import PageAllocator
 
@@ -62,15 +63,18 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        self.allocator = PageAllocator(num_pages, page_size)
         for name, size in (
             ("num_layers", num_layers),
+            ("num_pages", num_pages),
+            ("page_size", page_size),
             ("kv_heads", kv_heads),
             ("head_dim", head_dim),
             ("v_head_dim", v_head_dim),
         ):
+            checks.is_integer(name, size)
             if size < 1:
                 raise ValueError(f"{name}: must be >= 1, got {size}")
+        self.allocator = PageAllocator(num_pages, page_size)
         stored = kv_formats.stored_dtype(dtype)
         slots = (num_layers, num_pages, page_size, kv_heads)
 

@@ -50,7 +50,7 @@ def paged_attention(
         "softcap": softcap,
         "sinks": sinks,
     }
-    if batch_invariant:
+    if batch_invariant and len(cache_seqlens):
         out, lse = _one_request_at_a_time(
             q,
             k_cache,

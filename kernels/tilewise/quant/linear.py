@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from tilewise import checks
 from tilewise.quant.formats import QuantizedTensor
 from tilewise.quant.matmul import quantized_matmul, wants_panels
 from tilewise.quant.quantizer import quantize
@@ -49,8 +50,12 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._weight: QuantizedTensor | None = None  # what `data` and the like make up
+        if not isinstance(weight, QuantizedTensor):
+            raise TypeError(f"weight: must be a QuantizedTensor, got {type(weight).__name__}")
         if len(weight.shape) != 2:
             raise ValueError(f"weight: shape must be (N, K), got {weight.shape}")
+        if bias is not None:
+            checks.has_dtype("bias", bias, checks.FLOATS)
         if bias is not None and bias.shape != weight.shape[:1]:
             wanted, got = tuple(weight.shape[:1]), tuple(bias.shape)
             raise ValueError(f"bias: shape must be {wanted} (weight's N), got {got}")
@@ -117,12 +122,15 @@ class QuantLinear(nn.Module):
             raise ValueError(f"weight: the layer holds {ours}, the state dict {theirs}")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # `.half()` and the like cast whatever is floating point; as bytes, codes and scales only
-        # move between devices.
+        # `.half()` and the like cast whatever is floating point, `.type()` whatever there is; codes
+        # and scales, handed over as bytes, only move between devices.
         stored = {id(part) for part in (self.data, self.scales, self.zeros)}
 
         def move(t: torch.Tensor) -> torch.Tensor:
-            return fn(t.view(torch.uint8)).view(t.dtype) if id(t) in stored else fn(t)
+            if id(t) not in stored:
+                return fn(t)
+            moved = fn(t.view(torch.uint8))
+            return moved.view(t.dtype) if moved.dtype == torch.uint8 else t.to(moved.device)
 
         super()._apply(move, recurse)
         if self.data.device.type != "cpu" and self.weight.is_panels:
@@ -166,6 +174,8 @@ def quantize_(
     Raises:
         ValueError: for a scheme or an option that does not exist.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be an nn.Module, got {type(model).__name__}")
     weights: dict[torch.Tensor, QuantizedTensor] = {}
     layers: dict[nn.Linear, QuantLinear] = {}
 

@@ -18,7 +18,7 @@ def check_act(act: str | None, format: str) -> None:
     int8 codes go with any weight: what they are multiplied with is widened to whatever holds both.
     fp8 codes are for the instructions that multiply fp8 by fp8, and no others gain by them.
     """
-    if act is not None and act not in naive.LARGEST_CODE:
+    if act not in (None, *naive.LARGEST_CODE):
         raise ValueError(f"act: must be None, 'int8' or 'fp8', got {act!r}")
     if act == "fp8" and format != "fp8":
         raise ValueError(f"act: 'fp8' needs a weight in format fp8, got one in {format}")
@@ -68,7 +68,8 @@ def _check_quantized_matmul(
         )
     if adapter is not None:
         if not isinstance(adapter, tuple) or len(adapter) != 2:
-            raise TypeError("adapter: must be a pair of tensors (K, r) and (r, N)")
+            wanted = "a pair of tensors (K, r) and (r, N)"
+            raise TypeError(f"adapter: must be {wanted}, got {type(adapter).__name__}")
         for i, part in enumerate(adapter):
             checks.like(f"adapter[{i}]", part, "x", x)
             checks.has_dims(f"adapter[{i}]", part, ("K rank", "rank N")[i])

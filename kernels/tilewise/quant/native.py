@@ -212,17 +212,28 @@ def describe(weight: QuantizedTensor) -> tuple[Any, ...]:
 
 
 _PANELS = WeakTensorKeyDictionary()
-"""The weight in panels by the `data` that it was made from, with the version of that tensor."""
+"""By the `data` that they were made from: panels, and what else they were made from."""
 
 
 def as_panels(weight: QuantizedTensor) -> QuantizedTensor:
     """The weight in panels, made once for each weight in rows."""
     if weight.is_panels:
         return weight
-    version = None if weight.data.is_inference() else weight.data._version
+    others = (weight.scales, weight.zeros)
+    versions = [_version(part) for part in (weight.data, *others)]
+    made_from = (weight.format, tuple(weight.shape), weight.group_size, versions)
     entry = _PANELS.get(weight.data)
-    if entry is None or entry[0] != version:
-        entry = (version, weight.to_panels())
+    if (
+        entry is None
+        or entry[0] != made_from
+        or any(a is not b for a, b in zip(entry[1], others, strict=True))
+    ):
+        entry = (made_from, others, weight.to_panels())
         _PANELS[weight.data] = entry
-    panels: QuantizedTensor = entry[1]
+    panels: QuantizedTensor = entry[2]
     return panels
+
+
+def _version(part: torch.Tensor | None) -> int | None:
+    """A number that grows with every change in place; inference tensors have none."""
+    return None if part is None or part.is_inference() else part._version

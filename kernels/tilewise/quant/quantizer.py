@@ -70,6 +70,8 @@ def quantize(
     form = FORMATS[scheme]
     if group_size is None:
         group_size = form.group_sizes[0]
+    checks.is_integer("group_size", group_size)
+    checks.is_bool("symmetric", symmetric)
     if group_size not in form.group_sizes:
         wanted = " or ".join(map(str, form.group_sizes))
         raise ValueError(f"group_size: must be {wanted} for {scheme}, got {group_size}")
