@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,7 +159,8 @@ def test_many_cases_are_plain(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_an_unusual_argument_makes_no_difference(op: str) -> None:
     """Each argument, and each two tensors, are something else, most often something wrong."""
-    numbers = (None, True, 1, 0, -2, 0.5, -0.5, float("nan"), "x", [1.0], torch.ones(()))
+    numbers = (None, True, 1, 0, -2, 0.5, -0.5, math.nan, math.inf, -math.inf, "x", [1.0])
+    numbers += (torch.ones(()),)
     windows = ((1, 0), [2, 2], (1,), (1.0, 0), (True, 0), (-2, 0), (0, -2), 3)
     arguments = _arguments(op)
     assert _is_plain(op, arguments)

@@ -15,8 +15,7 @@ namespace tilewise {
 // e^x to 1e-7 relative for every x: unlike exp2(x * LOG2E), whose error grows with |x|. It is 0
 // below 2^-126 and inf above the largest float. Range reduction and polynomial as in Cephes' expf.
 inline F32 exp_exact(F32 x) {
-  // max and min return their second operand if one is NaN. 89 gives
-  // inf and n = 128.
+  // max and min return their second operand if one is NaN. 89 gives inf, with n = 128.
   x = min(F32::all(89.0f), max(F32::all(-90.0f), x));
   const F32 n = round(x * F32::all(LOG2E));
   F32 r = fma(n, F32::all(-0.693359375f), x);

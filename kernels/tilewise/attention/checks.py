@@ -226,11 +226,13 @@ def are_options(
     """Whether these are numbers as documented, told quickly; what is unusual needs a real check."""
     if not (type(causal) is type(return_lse) is type(batch_invariant) is bool):
         return False
-    if type(softcap) is not float or not softcap >= 0 or type(window) is not tuple:
+    if type(softcap) is not float or not 0 <= softcap < math.inf or type(window) is not tuple:
         return False
     if len(window) != 2 or not type(window[0]) is type(window[1]) is int:
         return False
-    return window[0] >= -1 <= window[1] and (scale is None or type(scale) is float)
+    if scale is not None and (type(scale) is not float or not -math.inf < scale < math.inf):
+        return False
+    return window[0] >= -1 <= window[1]
 
 
 def _check_numbers(

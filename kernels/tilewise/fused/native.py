@@ -53,7 +53,7 @@ def rms_norm_plainly(
     """What `rms_norm` returns for a plain call; None for any other."""
     others = (weight,) if residual is None else (weight, residual)
     operators = cpu.plain_operators("rms_norm", backend, x, *others)
-    if operators is None or type(eps) is not float:
+    if operators is None or type(eps) is not float or not eps >= 0:
         return None
     out, total = operators.plain_rms_norm(x, weight, eps, residual)
     return out if total is None else (out, total)
