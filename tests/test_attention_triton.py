@@ -115,6 +115,24 @@ def test_room_behind_the_keys_may_hold_anything(on: str, queries: int) -> None:
         assert torch.equal(actual, same)
 
 
+@pytest.mark.parametrize("queries", [3, 65])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 2.0}, {"scale": -0.3}])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_a_key_that_is_not_finite_is_no_masked_key(
+    on: str, queries: int, options: dict[str, Any], value: float
+) -> None:
+    """Scores of -inf, which come of half of the queries, are not of keys that nobody sees."""
+    inputs = Inputs(device=on)
+    q, k, v = (inputs.randn(1, length, 1, 16) for length in (queries, 70, 70))
+    k[0, 1, 0, 3] = value
+    actual, expected = (
+        flash_attention(q, k, v, **options, return_lse=True, backend=backend)
+        for backend in ("triton", "naive")
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.isnan(), e.isnan())
+
+
 @pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize("queries", [1, 3])
 def test_no_bit_depends_on_the_batch(on: str, queries: int) -> None:

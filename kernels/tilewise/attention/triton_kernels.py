@@ -120,7 +120,10 @@ def score(
 
     The last is what softcap multiplies, and the backward pass needs.
     """
-    s = dots * scale
+    IS_PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS)
+    s = dots * (scale * LOG2_E if IS_PLAIN else scale)
+    # Infinity comes from a query or a key that is not finite, which means NaN.
+    s += s * 0.0
     tanh = s
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), without cancellation for small x.
@@ -148,7 +151,8 @@ def score(
             added = tl.load(bias + at, mask=seen, other=0.0).to(tl.float32)
             seen = seen & (added != float("-inf"))
             s += added
-    s *= LOG2_E
+    if not IS_PLAIN:
+        s *= LOG2_E
     if MASKED or HAS_BIAS:
         s = tl.where(seen, s, float("-inf"))
     return s, seen, tanh
