@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tilewise import checks
+from tilewise import checks, huge_pages
 from tilewise.paged import kv_formats
 from tilewise.paged.allocator import PageAllocator
 
@@ -80,7 +80,7 @@ class PagedKVCache:
 
         def rows(name: str, width: int) -> torch.Tensor:
             width = kv_formats.stored_width(name, width, stored)
-            return torch.empty(*slots, width, dtype=stored, device=device)
+            return huge_pages.empty((*slots, width), stored, device)
 
         def scales() -> torch.Tensor | None:
             if not kv_formats.is_quantized(stored):

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tilewise.huge_pages import in_huge_pages
 from tilewise.quant import blocks
-from tilewise.quant.huge_pages import in_huge_pages
 from tilewise.quant.packing import E2M1, NF4, look_up, trim, unpack_nibbles
 from tilewise.quant.panels import (
     PANEL_ROWS,

@@ -14,7 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tilewise.quant import huge_pages
+from tilewise import huge_pages
 
 PANEL_ROWS = 16
 _BYTES_AT_ONCE = 2**20

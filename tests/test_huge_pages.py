@@ -1,12 +1,12 @@
-"""Weights side by side in huge pages: copies that share nothing but the pages."""
+"""Weights side by side in huge pages, caches in their own: tensors that share nothing but pages."""
 
 import itertools
 
 import pytest
 import torch
 
-from tilewise.quant import huge_pages
-from tilewise.quant.huge_pages import in_huge_pages
+from tilewise import huge_pages
+from tilewise.huge_pages import in_huge_pages
 
 pytestmark = pytest.mark.skipif(not hasattr(huge_pages.mmap, "MADV_HUGEPAGE"), reason="not Linux")
 
@@ -38,3 +38,22 @@ def test_what_is_small_stays():
     small, meta = tensor(1000), torch.empty(1 << 20, device="meta")
     assert in_huge_pages(small) is small
     assert in_huge_pages(meta) is meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_a_large_tensor_has_memory_of_its_own(monkeypatch, dtype):
+    monkeypatch.setattr(huge_pages, "_LARGE", 4096)
+    tensors = [huge_pages.empty((3, 5, 1024), dtype) for _ in range(2)]
+    for t, value in zip(tensors, (1, 2), strict=True):
+        assert (t.shape, t.dtype, t.stride()) == ((3, 5, 1024), dtype, (5120, 1024, 1))
+        t.copy_(torch.full(t.shape, value, dtype=torch.float32))
+    assert [t.float().unique().tolist() for t in tensors] == [[1], [2]]
+    copy = tensors[0].clone()
+    del tensors
+    assert copy.float().unique().tolist() == [1]
+
+
+def test_only_large_tensors_on_the_cpu_are_in_huge_pages(monkeypatch):
+    monkeypatch.setattr(huge_pages, "_map", lambda nbytes: pytest.fail(f"{nbytes} bytes"))
+    assert huge_pages.empty((2, 3), torch.float16).shape == (2, 3)
+    assert huge_pages.empty((1 << 26,), torch.float32, "meta").device.type == "meta"
