@@ -19,18 +19,9 @@ from tilewise import machine
 from tilewise.benchmarks.rivals import Function, rivals_of
 from tilewise.benchmarks.timing import on_device, rounds_of
 from tilewise.benchmarks.workload import Workload
+from tilewise.cases import Case, floor_of, public_function, run_function, upstream_of
 from tilewise.dispatch import OPS, Cost
-from tilewise.testing import (
-    Agreement,
-    Case,
-    Inputs,
-    assert_agrees,
-    floor_of,
-    public_function,
-    run_function,
-    to_float64,
-    upstream_of,
-)
+from tilewise.testing import Agreement, Inputs, assert_agrees, to_float64
 
 _BASELINES = ("naive", "torch")
 _WRONG = "does not agree: "

@@ -24,10 +24,10 @@ class Workload:
         device: "cpu" or "cuda".
         part: what to check where the definition is too large to compute in float64.
         without: backends that are not measured here, and why.
-        results: names the results for the check, as in `tilewise.testing.Case`; None where they
+        results: names the results for the check, as in `tilewise.cases.Case`; None where they
             are what the call returns.
         grad: arguments whose gradients are computed; if any, the backward pass alone is timed.
-        floors: as in `tilewise.testing.Case`.
+        floors: as in `tilewise.cases.Case`.
     """
 
     op: str

@@ -7,7 +7,8 @@ import torch
 
 import tilewise
 from tilewise import native
-from tilewise.testing import Case, Inputs, check_case
+from tilewise.cases import Case, check_case
+from tilewise.testing import Inputs
 
 pytestmark = pytest.mark.skipif(native.why_not_cpu() is not None, reason=str(native.why_not_cpu()))
 

@@ -4,9 +4,10 @@ import importlib.util
 
 import pytest
 
-from tilewise import gpu, testing
+from tilewise import cases, gpu
 from tilewise.cli import build_triton, main, triton_usage
 from tilewise.dispatch import OPS
+from tilewise.testing import BlankInputs, Inputs
 
 compiles = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or gpu.INTERPRETED,
@@ -17,17 +18,17 @@ compiles = pytest.mark.skipif(
 @pytest.fixture
 def one_call(monkeypatch):
     """Only the first call of rms_norm: compiling takes a second."""
-    calls = [case for case in testing.all_compiled_calls() if case.op == "rms_norm"]
-    monkeypatch.setattr(testing, "all_compiled_calls", lambda: calls[:1])
+    calls = [case for case in cases.all_compiled_calls() if case.op == "rms_norm"]
+    monkeypatch.setattr(cases, "all_compiled_calls", lambda: calls[:1])
 
 
 def test_every_operation_with_triton_kernels_is_compiled():
     with_kernels = {name for name, op in OPS.items() if "triton" in op.backends}
-    assert {case.op for case in testing.all_compiled_calls()} == with_kernels
+    assert {case.op for case in cases.all_compiled_calls()} == with_kernels
 
 
 def test_blank_inputs_are_zeros_of_the_right_kind():
-    inputs, blank = testing.Inputs(), testing.BlankInputs()
+    inputs, blank = Inputs(), BlankInputs()
     for make in (
         lambda inputs: inputs.randn(2, 3, scale=3),
         lambda inputs: inputs.rand(2, 3),
@@ -111,6 +112,6 @@ def test_refuses_in_one_line(capsys, monkeypatch, module, name, value, message):
 
 
 def test_an_operation_without_triton_kernels(capsys, monkeypatch):
-    monkeypatch.setattr(testing, "all_compiled_calls", list)
+    monkeypatch.setattr(cases, "all_compiled_calls", list)
     assert main(["build", "--triton", "--op", "rms_norm"]) == 2
     assert "--triton: rms_norm has no Triton kernels" in capsys.readouterr().err

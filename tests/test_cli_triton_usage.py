@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from tilewise import gpu, testing
+from tilewise import gpu
+from tilewise.cases import all_compiled_calls, compile_case
 from tilewise.cli import triton_usage
 
 compiles = pytest.mark.skipif(
@@ -16,8 +17,8 @@ compiles = pytest.mark.skipif(
 @compiles
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_reads_registers_and_spills(target):
-    case = next(case for case in testing.all_compiled_calls() if case.op == "rms_norm")
-    for kernel in testing.compile_case(case, [target], case.dtypes[0]):
+    case = next(case for case in all_compiled_calls() if case.op == "rms_norm")
+    for kernel in compile_case(case, [target], case.dtypes[0]):
         used = triton_usage.usage(kernel)
         assert 8 <= used.registers <= 255
         assert used.spills == 0
@@ -51,8 +52,8 @@ def test_knows_what_matrix_instructions_are_for(product, expected):
 @compiles
 @pytest.mark.parametrize(("target", "instruction"), [("sm_90", "wgmma"), ("gfx942", "v_mfma")])
 def test_finds_the_matrix_instructions(target, instruction):
-    case = next(case for case in testing.all_compiled_calls() if case.id == "int8 activations")
-    compiled = testing.compile_case(case, [target], case.dtypes[0])
+    case = next(case for case in all_compiled_calls() if case.id == "int8 activations")
+    compiled = compile_case(case, [target], case.dtypes[0])
     used = {kernel.name: kernel.usage for kernel in triton_usage.judge(compiled)}
     assert used["matmul_int8"].matrix == (instruction,)
     assert used["matmul_int8"].wants_matrix

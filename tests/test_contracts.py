@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from tilewise import cpu, dispatch, gpu, library, testing
-from tilewise.testing import Case, Inputs, all_cases, check_case, run_case
+from tilewise.cases import (
+    Case,
+    all_cases,
+    all_operator_calls,
+    check_case,
+    floor_of,
+    public_function,
+    run_case,
+)
+from tilewise.testing import Inputs
 
 CASES = all_cases()
 POISONED = [case for case in CASES if case.poison]
@@ -113,7 +122,7 @@ def test_any_strides(case: Case, backend: str, dtype: torch.dtype, device: str) 
     truth = run_case(case, testing.to_float64(call.arguments), "naive")
     for name, value in expected.items():
         testing.assert_agrees(
-            actual[name], value, truth[name], name=name, floor=testing.floor_of(case, name, value)
+            actual[name], value, truth[name], name=name, floor=floor_of(case, name, value)
         )
 
 
@@ -126,7 +135,7 @@ def test_a_call_repeats_exactly(case: Case, backend: str, dtype: torch.dtype, de
     expected = call.run(grad=grad)
     _assert_same_bits(call.run(grad=grad), expected)
     _assert_same_bits(call.run(call.arguments | {"validate": True}), call.run())
-    returned = testing.public_function(case.op)(**call.arguments, backend=backend)
+    returned = public_function(case.op)(**call.arguments, backend=backend)
     if returned is not None:  # an operation without a result writes to its arguments
         tensors = {name: x for name, x in before.items() if isinstance(x, torch.Tensor)}
         _assert_same_bits({name: call.arguments[name] for name in tensors}, tensors)
@@ -174,7 +183,7 @@ def test_a_missing_backend_is_refused_with_every_reason(case: Case, device: str)
     if refused is None:
         pytest.skip("every backend can run this case here")
     with pytest.raises(dispatch.BackendError) as caught:
-        testing.public_function(op)(**arguments, backend=refused)
+        public_function(op)(**arguments, backend=refused)
     for name, reason in reasons.items():
         assert f"{name}: {reason or 'can run it'}" in str(caught.value)
 
@@ -203,18 +212,18 @@ def test_compiles_without_a_break(
         pytest.skip(f"{backend}: {impl.untraceable}")
     torch.compiler.reset()
     function = torch.compile(
-        testing.public_function(case.op), fullgraph=True, dynamic=False, backend="aot_eager"
+        public_function(case.op), fullgraph=True, dynamic=False, backend="aot_eager"
     )
     arguments = testing.map_tensors(call.arguments, torch.clone)
     compiled = case.results(arguments, function(**arguments, backend=backend))
     truth = run_case(case, testing.to_float64(call.arguments), "naive")
     for name, value in call.run().items():
         testing.assert_agrees(
-            compiled[name], value, truth[name], name=name, floor=testing.floor_of(case, name, value)
+            compiled[name], value, truth[name], name=name, floor=floor_of(case, name, value)
         )
 
 
-OPERATOR_CALLS = testing.all_operator_calls()
+OPERATOR_CALLS = all_operator_calls()
 _WHY_NOT = {"cpu": cpu.why_not, "triton": gpu.why_not}
 
 

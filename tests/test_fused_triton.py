@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import tilewise
-from tilewise import dispatch, gpu, testing
+from tilewise import dispatch, gpu
+from tilewise.cases import public_function
 from tilewise.fused import philox, triton_sampling
 from tilewise.fused.tables import rotary_tables
 from tilewise.testing import Inputs
@@ -178,7 +179,7 @@ def test_float64_tables_are_refused(device):
 def test_the_ends_of_the_range(on, op):
     gate = torch.tensor([0.0, -0.0, 200.0, -200.0, 3e38, -1e30], device=on)
     up = torch.ones_like(gate)
-    function = testing.public_function(op)
+    function = public_function(op)
     for options in [{}] if op == "swiglu" else [{"approximate": a} for a in ("none", "tanh")]:
         out = function(gate, up, **options, backend="triton")
         assert torch.allclose(out, gate.clamp(min=0))

@@ -17,10 +17,20 @@ import torch
 
 import tilewise
 from tilewise import dispatch, testing
-from tilewise.testing import Case, Inputs
+from tilewise.cases import (
+    Case,
+    all_cases,
+    all_compiled_calls,
+    check_case,
+    floor_of,
+    public_function,
+    run_case,
+    run_function,
+)
+from tilewise.testing import Inputs
 
-CASES = [case for case in testing.all_cases() if "triton" in dispatch.OPS[case.op].backends]
-FULL_SIZE = testing.all_compiled_calls()
+CASES = [case for case in all_cases() if "triton" in dispatch.OPS[case.op].backends]
+FULL_SIZE = all_compiled_calls()
 
 
 def _of_each_op(cases: list[Case], count: int) -> list[Case]:
@@ -59,8 +69,8 @@ def test_a_captured_call_follows_its_arguments(case: Case) -> None:
     for name, value in captured.items():
         if not isinstance(value, torch.Tensor | tuple):
             others[name] = value
-    expected = testing.run_case(case, others, "triton")
-    call = functools.partial(testing.public_function(case.op), backend="triton")
+    expected = run_case(case, others, "triton")
+    call = functools.partial(public_function(case.op), backend="triton")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
@@ -85,13 +95,13 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 def test_inductor_compiles_without_a_break(case: Case) -> None:
     arguments = _arguments(case)
     torch.compiler.reset()
-    function = torch.compile(testing.public_function(case.op), fullgraph=True, dynamic=False)
+    function = torch.compile(public_function(case.op), fullgraph=True, dynamic=False)
     compiled = functools.partial(function, backend="triton")
-    actual = testing.run_function(case, arguments, compiled)
-    naive = testing.run_case(case, arguments, "naive")
-    truth = testing.run_case(case, testing.to_float64(arguments), "naive")
+    actual = run_function(case, arguments, compiled)
+    naive = run_case(case, arguments, "naive")
+    truth = run_case(case, testing.to_float64(arguments), "naive")
     for name, value in naive.items():
-        floor = testing.floor_of(case, name, truth[name])
+        floor = floor_of(case, name, truth[name])
         testing.assert_agrees(actual[name], value, truth[name], name=name, floor=floor)
 
 
@@ -101,7 +111,7 @@ def test_full_size_calls_agree(case: Case) -> None:
     """Those that are compiled ahead of time, in 16 bits where models compute so."""
     _arguments(case)
     for dtype in case.dtypes:
-        testing.check_case(case, "triton", dtype, device="cuda", grad=bool(case.grad))
+        check_case(case, "triton", dtype, device="cuda", grad=bool(case.grad))
 
 
 # --- more than 2^31 elements ----------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilewise
 from tilewise import cpu, dispatch, native, testing
+from tilewise.cases import Case, all_cases, public_function
 from tilewise.quant import QuantizedTensor, quantize
-from tilewise.testing import Case, Inputs, all_cases
+from tilewise.testing import Inputs
 
 OPS = ("flash_attention", "paged_attention", "append_kv", "rms_norm", "quantized_matmul")
 CASES = [case for case in all_cases() if case.op in OPS]
@@ -56,7 +57,7 @@ def _only_ordinary() -> Iterator[None]:
 def _is_plain(op: str, arguments: dict[str, Any]) -> bool:
     with _only_plain():
         try:
-            testing.public_function(op)(**arguments)
+            public_function(op)(**arguments)
         except NotPlainError:
             return False
     return True
@@ -109,7 +110,7 @@ def _outcome(op: str, arguments: dict[str, Any]) -> Any:
     caches = {name: x for name, x in arguments.items() if op == "append_kv" and "cache" in name}
     before = testing.map_tensors(caches, torch.clone)
     try:
-        returned = testing.public_function(op)(**arguments)
+        returned = public_function(op)(**arguments)
     except Exception as error:
         return type(error), str(error)
     if returned is None:
@@ -220,6 +221,9 @@ def test_whoever_looks_sees_an_ordinary_call(op: str) -> None:
     with tilewise.use_backend(**{op: "torch"}):
         assert not _is_plain(op, arguments)
     with _Mode():
+        assert not _is_plain(op, arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.OPS[op], "impls", dispatch.OPS[op].impls[1:])
         assert not _is_plain(op, arguments)
     for name, x in _tensors(arguments).items():
         if x.dtype == torch.float32:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tilewise import testing
-from tilewise.testing import Case, Inputs, assert_agrees
+from tilewise.cases import Case, check_case, public_function
+from tilewise.testing import Inputs, assert_agrees
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_a_wrong_kernel_is_caught_through_a_case(monkeypatch):
         lambda inputs: {"x": inputs.randn(4, 8), "weight": inputs.randn(8)},
         grad=("x",),
     )
-    assert fused.rms_norm is testing.public_function("rms_norm")
-    testing.check_case(case, "naive", torch.float32, grad=True)
+    assert fused.rms_norm is public_function("rms_norm")
+    check_case(case, "naive", torch.float32, grad=True)
     with pytest.raises(AssertionError, match="output: 4 non-finite elements are wrong"):
-        testing.check_case(case, "cpu", torch.float32)
+        check_case(case, "cpu", torch.float32)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from tilewise import native
-from tilewise.dispatch import requested_backend
+from tilewise.dispatch import OPS, requested_backend
 from tilewise.library import is_watched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,10 +41,10 @@ def why_not_dtype(x: torch.Tensor, dtype: torch.dtype) -> str | None:
 def plain_operators(op: str, backend: str, *tensors: torch.Tensor) -> native.Operators | None:
     """The C++ operators, where a call with these tensors may be tried on them unchecked.
 
-    It may where the C++ backend comes first, nobody else has to see the call (autograd, a compiler,
-    a subclass), and the library is there.
+    It may where the C++ backend comes first and nobody has put another in its place, nobody else
+    has to see the call (autograd, a compiler, a subclass), and the library is there.
     """
-    if is_watched():
+    if is_watched() or (implemented := OPS[op]).impls is not implemented.own_impls:
         return None
     if backend == "auto":
         backend = requested_backend(op)

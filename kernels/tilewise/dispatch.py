@@ -96,6 +96,8 @@ class Op:
         impls: the others, best first; each refuses the devices that it is not for.
         check: called with the arguments of `naive` plus `validate`; raises on bad input.
         cost: called with the arguments of `naive`; returns the unavoidable work.
+
+    Whoever tries a kernel of their own puts it into `impls`; `own_impls` are those it came with.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Op:
             if list(inspect.signature(impl.fn).parameters) != list(signature.parameters):
                 raise ValueError(f"{name}: {impl.name} must have the naive function's signature")
         self.name = name
-        self.impls = (*impls, Impl("naive", naive))
+        self.impls = self.own_impls = (*impls, Impl("naive", naive))
         self.check = check
         self.cost = cost
         self.signature = signature

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tilewise.attention import naive
-from tilewise.testing import Case, Inputs, Make
+from tilewise.cases import Case
+from tilewise.testing import Inputs, Make
 
 _QKV = ("q", "k", "v")
 

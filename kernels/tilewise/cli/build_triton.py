@@ -30,7 +30,7 @@ from tilewise.dispatch import OPS, BackendError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tilewise.testing import Case
+    from tilewise.cases import Case
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _calls(op: str | None) -> list[tuple[Case, Any]]:
     """(call, dtype) for everything with Triton kernels."""
-    from tilewise.testing import all_compiled_calls
+    from tilewise.cases import all_compiled_calls
 
     return [
         (case, dtype)
@@ -114,7 +114,7 @@ def _in_processes(
 
 def _compile_call(op: str | None, number: int, targets: list[str]) -> list[Kernel]:
     """The kernels of one call, named by its number: what makes its inputs cannot be sent."""
-    from tilewise.testing import compile_case
+    from tilewise.cases import compile_case
 
     case, dtype = _calls(op)[number]
     try:

@@ -76,7 +76,8 @@ def operations(device: str) -> dict[str, dict[str, dict[str, Any]]]:
     """For each operation and backend: how many of the test calls it takes, and why not the rest."""
     import torch
 
-    from tilewise.testing import Inputs, all_cases
+    from tilewise.cases import all_cases
+    from tilewise.testing import Inputs
 
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for case in all_cases():

@@ -20,7 +20,7 @@ from tilewise.dispatch import OPS, BackendError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tilewise.testing import Case
+    from tilewise.cases import Case
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _work(options: argparse.Namespace) -> list[tuple[Case, str, str]]:
-    from tilewise.testing import all_cases
+    from tilewise.cases import all_cases
 
     work = []
     for case in all_cases():
@@ -99,7 +99,7 @@ def _work(options: argparse.Namespace) -> list[tuple[Case, str, str]]:
 def _check(verdict: Verdict, case: Case, device: str) -> None:
     import torch
 
-    from tilewise.testing import check_case
+    from tilewise.cases import check_case
 
     dtype = getattr(torch, verdict.dtype)
     try:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from tilewise.cases import Case
 from tilewise.fused.tables import Llama3Scaling, rotary_tables
-from tilewise.testing import Case, Inputs, Make
+from tilewise.testing import Inputs, Make
 
 
 def _norm(*shape: int, bias: bool = False, residual: bool = False, offset: float = 0) -> Make:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from tilewise.cases import Case
 from tilewise.moe.operators import parts_of
 from tilewise.quant.quantizer import quantize
-from tilewise.testing import Case, Inputs, Make
+from tilewise.testing import Inputs, Make
 
 _EVERYTHING = ("x", "router_logits", "w_gate_up", "w_down")
 

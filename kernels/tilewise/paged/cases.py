@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from tilewise.cases import Case
 from tilewise.fused.tables import rotary_tables
 from tilewise.paged import kv_formats
-from tilewise.testing import Case, Inputs, Make
+from tilewise.testing import Inputs, Make
 
 _GARBAGE = (-1, 10**6)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from tilewise.cases import Case
 from tilewise.quant.formats import FORMATS, PER_CHANNEL, QuantizedTensor
 from tilewise.quant.quantizer import quantize
-from tilewise.testing import HALF_AND_SINGLE, Case, Inputs, Make
+from tilewise.testing import HALF_AND_SINGLE, Inputs, Make
 
 MakeWeight = Callable[[Inputs, int, int], QuantizedTensor]
 
