@@ -35,6 +35,26 @@ QuantizedWeight describe(int64_t format, int64_t rows, int64_t depth, int64_t gr
 
 namespace {
 
+// Of `rows` rows of x, which lie `x_stride` elements apart.
+QuantizedMatmul product_of(const Tensor& x, int64_t rows, int64_t x_stride,
+                           const QuantizedWeight& weight, const OptionalTensor& bias,
+                           int64_t finish, const OptionalTensor& residual, int64_t rounding,
+                           int64_t activation_group, const Tensor& out) {
+  QuantizedMatmul call{};
+  call.dtype = call.x_dtype = dtype_of(x);
+  call.rows = rows;
+  call.x = x.data_ptr();
+  call.x_stride = x_stride;
+  call.weight = weight;
+  call.rounding = static_cast<Rounding>(rounding);
+  call.activation_group = activation_group > 0 ? activation_group : 0;
+  call.bias = pointer(bias);
+  call.residual = pointer(residual);
+  call.finish = static_cast<Finish>(finish);
+  call.out = out.data_ptr();
+  return call;
+}
+
 // The weight has been checked when it was made; it is one matrix.
 OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth,
                                          int64_t group_size, Tensor data, OptionalTensor scales,
@@ -48,8 +68,6 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
       depth < 1 || (is_gated && rows % 2)) {
     return std::nullopt;
   }
-  QuantizedMatmul call{};
-  call.rows = x.numel() / depth;
   size.back() = is_gated ? rows / 2 : rows;
   if (bias && (dtype_code(*bias) != dtype || !has_size(*bias, {rows}) || !bias->is_contiguous())) {
     return std::nullopt;
@@ -59,17 +77,9 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
     return std::nullopt;
   }
   const Tensor out = empty(size, dtype);
-  call.dtype = call.x_dtype = dtype_of(x);
-  call.x = x.data_ptr();
-  call.x_stride = depth;
-  call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
-  call.rounding = static_cast<Rounding>(rounding);
-  call.activation_group = activation_group > 0 ? activation_group : 0;
-  call.bias = pointer(bias);
-  call.residual = pointer(residual);
-  call.finish = static_cast<Finish>(finish);
-  call.out = out.data_ptr();
-  quantized_matmul(call);
+  const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  quantized_matmul(product_of(x, x.numel() / depth, depth, weight, bias, finish, residual,
+                              rounding, activation_group, out));
   return out;
 }
 
@@ -82,21 +92,12 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
                   "no such activation");
   STD_TORCH_CHECK(0 <= rounding && rounding <= static_cast<int64_t>(Rounding::fp8),
                   "no such rounding");
-  QuantizedMatmul call{};
-  call.dtype = call.x_dtype = dtype_of(x);
-  call.rows = x.size(0);
-  call.x = x.data_ptr();
-  call.x_stride = x.stride(0);
-  call.weight = describe(format, rows, depth, group_size, data, scales, zeros);
-  call.rounding = static_cast<Rounding>(rounding);
-  call.activation_group = activation_group > 0 ? activation_group : 0;
-  call.bias = pointer(bias);
-  call.residual = pointer(residual);
+  const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  QuantizedMatmul call = product_of(x, x.size(0), x.stride(0), weight, bias, finish, residual,
+                                    rounding, activation_group, out);
   call.adapter_a = pointer(adapter_a);
   call.adapter_b = pointer(adapter_b);
   call.rank = adapter_a ? adapter_a->size(1) : 0;
-  call.finish = static_cast<Finish>(finish);
-  call.out = out.data_ptr();
   const Upcoming reads{reinterpret_cast<const char*>(call.weight.data),
                        (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes,
                        call.finish == Finish::swiglu ? 2 : 1};

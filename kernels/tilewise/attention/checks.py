@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 
@@ -18,6 +19,9 @@ MAX_HEAD_DIM = 576
 
 _BIAS_DTYPES = (torch.bool, *checks.FLOATS)
 _SLOPE_DTYPES = (torch.float32, torch.float64)
+
+Numbers: TypeAlias = tuple[bool, float | None, tuple[int, int], float, bool, bool]
+"""The options that are no tensors: causal, scale, window, softcap, return_lse, batch_invariant."""
 
 
 def check_flash_attention(
@@ -194,55 +198,6 @@ def check_options(
     batch_invariant: bool,
 ) -> None:
     """Raise unless the options fit q (..., heads, head_dim) and the number of sequences."""
-    if not are_options(causal, scale, window, softcap, return_lse, batch_invariant):
-        _check_numbers(causal, scale, window, softcap, return_lse, batch_invariant)
-    if alibi_slopes is None and sinks is None:
-        return
-    heads = q.shape[-2]
-    if alibi_slopes is not None:
-        checks.has_dtype("alibi_slopes", alibi_slopes, _SLOPE_DTYPES)
-        checks.on_device_of("alibi_slopes", alibi_slopes, "q", q)
-        if alibi_slopes.shape not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"alibi_slopes: shape must be ({heads},) or ({batch}, {heads}), (heads,) or "
-                f"(batch, heads), got {tuple(alibi_slopes.shape)}"
-            )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: must not require a gradient, they are constants")
-    if sinks is not None:
-        checks.has_dtype("sinks", sinks, checks.FLOATS)
-        checks.on_device_of("sinks", sinks, "q", q)
-        checks.has_shape("sinks", sinks, (heads,), "q's heads")
-
-
-def are_options(
-    causal: bool,
-    scale: float | None,
-    window: tuple[int, int],
-    softcap: float,
-    return_lse: bool,
-    batch_invariant: bool,
-) -> bool:
-    """Whether these are numbers as documented, told quickly; what is unusual needs a real check."""
-    if not (type(causal) is type(return_lse) is type(batch_invariant) is bool):
-        return False
-    if type(softcap) is not float or not 0 <= softcap < math.inf or type(window) is not tuple:
-        return False
-    if len(window) != 2 or not type(window[0]) is type(window[1]) is int:
-        return False
-    if scale is not None and (type(scale) is not float or not -math.inf < scale < math.inf):
-        return False
-    return window[0] >= -1 <= window[1]
-
-
-def _check_numbers(
-    causal: bool,
-    scale: float | None,
-    window: tuple[int, int],
-    softcap: float,
-    return_lse: bool,
-    batch_invariant: bool,
-) -> None:
     for name, flag in (
         ("causal", causal),
         ("return_lse", return_lse),
@@ -265,6 +220,37 @@ def _check_numbers(
         checks.is_integer("window", side)
         if side < -1:
             raise ValueError(f"window: must be >= -1 on both sides, got {tuple(window)}")
+    if alibi_slopes is None and sinks is None:
+        return
+    heads = q.shape[-2]
+    if alibi_slopes is not None:
+        checks.has_dtype("alibi_slopes", alibi_slopes, _SLOPE_DTYPES)
+        checks.on_device_of("alibi_slopes", alibi_slopes, "q", q)
+        if alibi_slopes.shape not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes: shape must be ({heads},) or ({batch}, {heads}), (heads,) or "
+                f"(batch, heads), got {tuple(alibi_slopes.shape)}"
+            )
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes: must not require a gradient, they are constants")
+    if sinks is not None:
+        checks.has_dtype("sinks", sinks, checks.FLOATS)
+        checks.on_device_of("sinks", sinks, "q", q)
+        checks.has_shape("sinks", sinks, (heads,), "q's heads")
+
+
+def are_plain_numbers(numbers: Numbers) -> bool:
+    """Whether these are what `check_options` lets pass, and of the usual types; quickly."""
+    causal, scale, window, softcap, return_lse, batch_invariant = numbers
+    if not (type(causal) is type(return_lse) is type(batch_invariant) is bool):
+        return False
+    if type(softcap) is not float or not 0 <= softcap < math.inf or type(window) is not tuple:
+        return False
+    if len(window) != 2 or not type(window[0]) is type(window[1]) is int:
+        return False
+    if scale is not None and (type(scale) is not float or not -math.inf < scale < math.inf):
+        return False
+    return window[0] >= -1 <= window[1]
 
 
 def check_bias(bias: torch.Tensor, q: torch.Tensor, shape: tuple[int, ...], names: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tilewise import cpu, native
-from tilewise.attention.checks import are_options
+from tilewise.attention.checks import Numbers, are_plain_numbers
 from tilewise.attention.operators import (
     FLASH_ATTENTION,
     FLASH_ATTENTION_BACKWARD,
@@ -30,22 +30,16 @@ def attend_plainly(
     k: torch.Tensor,
     v: torch.Tensor,
     places: tuple[()] | tuple[torch.Tensor, torch.Tensor],
-    causal: bool,
-    scale: float | None,
-    window: tuple[int, int],
-    softcap: float,
-    return_lse: bool,
-    batch_invariant: bool,
+    numbers: Numbers,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
     """What the public function `op` returns for a plain call; None for any other.
 
     `places` is block_table and cache_seqlens, where the keys and values lie in pages.
     """
     operators = cpu.plain_operators(op, backend, q, k, v, *places)
-    if operators is None or not are_options(
-        causal, scale, window, softcap, return_lse, batch_invariant
-    ):
+    if operators is None or not are_plain_numbers(numbers):
         return None
+    causal, scale, window, softcap, return_lse, _ = numbers
     out, lse = operators.plain_attention(
         q, k, v, *(places or (None, None)), causal, scale, *window, softcap, return_lse
     )

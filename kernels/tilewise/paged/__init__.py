@@ -145,7 +145,7 @@ def paged_attention(
     ):
         numbers = (causal, scale, window, softcap, return_lse, batch_invariant)
         places = (block_table, cache_seqlens)
-        result = attend_plainly("paged_attention", backend, q, k_cache, v_cache, places, *numbers)
+        result = attend_plainly("paged_attention", backend, q, k_cache, v_cache, places, numbers)
         if result is not None:
             return result
     options: dict[str, Any] = {
