@@ -214,6 +214,8 @@ def flash_attention_varlen(
 
     Source: Dao, FlashAttention-2, 2023 (arXiv:2307.08691).
     """
+    if isinstance(bias, torch.Tensor) and bias.dim() == 0:
+        bias = bias[None]  # its last dimension is the keys', in all that follows
     options: dict[str, Any] = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,

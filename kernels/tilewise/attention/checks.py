@@ -117,7 +117,7 @@ def check_flash_attention_varlen(
     if validate:
         validate_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "q", len(q), max_seqlen_q, "max_seqlen_q")
         validate_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", len(k), max_seqlen_k, "max_seqlen_k")
-        if bias is not None and bias.dim() and bias.shape[-1] != 1:
+        if bias is not None and bias.shape[-1] != 1:
             validate_cu_seqlens(
                 "cu_seqlens_k", cu_seqlens_k, "k", len(k), bias.shape[-1], "bias: last dimension"
             )

@@ -209,7 +209,7 @@ def bias_of_tokens(
     bias: torch.Tensor | None, k_tokens: int, cu_seqlens_k: torch.Tensor
 ) -> torch.Tensor | None:
     """A bias by the key's position in its sequence as one by the key's position among all."""
-    if bias is None or bias.dim() == 0 or bias.shape[-1] == 1:
+    if bias is None or bias.shape[-1] == 1:
         return bias
     # One column more is for padding, which may lie further along than the bias goes.
     _, position, _ = _locate(k_tokens, cu_seqlens_k)
@@ -242,7 +242,7 @@ def _one_sequence_at_a_time(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if bias is not None:
-        bias = bias.expand(q.shape[1], q.shape[0], bias.shape[-1] if bias.dim() else 1)
+        bias = bias.expand(q.shape[1], q.shape[0], -1)
     outs, lses = [], []
     for i, (q_rows, k_rows) in enumerate(zip(pairwise(q_ends), pairwise(k_ends), strict=True)):
         q_, k_, v_ = q[slice(*q_rows)], k[slice(*k_rows)], v[slice(*k_rows)]

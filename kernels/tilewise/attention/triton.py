@@ -258,7 +258,7 @@ def _bias_layout(
         return (0, 0, 0, 0, 0)
     batch, heads, queries = shape
     if is_ragged:  # by a key's number within its sequence
-        keys = keys if bias.dim() == 0 or bias.shape[-1] == 1 else bias.shape[-1]
+        keys = keys if bias.shape[-1] == 1 else bias.shape[-1]
         return (0, *bias.expand(heads, queries, keys).stride(), keys)
     return (*bias.expand(batch, heads, queries, keys).stride(), keys)
 
