@@ -45,7 +45,7 @@ struct Kind {
   static constexpr bool HAS_SHIFT = HAS_SHIFT_, KEEPS_ZERO = KEEPS_ZERO_;
 };
 
-inline I32 four_times(I32 x) { return (x & I32::all(255)) * I32::all(0x01010101); }
+inline I32 four_times(I32 byte) { return (byte & I32::all(255)) * I32::all(ONES); }
 
 template <class F, class K>
 __attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t panel, int64_t first,
@@ -71,7 +71,7 @@ __attribute__((flatten)) void decode_block(const QuantizedWeight& w, int64_t pan
       for (int q = 0; q < K::UNIT_QUADS; ++q) {
         const I32 codes = sub_bytes(strip.codes[g * K::UNIT_QUADS + q][0], less);
         out.codes[unit * K::UNIT_QUADS + q] = codes;
-        sum = dot_bytes(sum, I32::all(0x01010101), codes);
+        sum = dot_bytes(sum, I32::all(ONES), codes);
       }
       start = start - sum * I32::all(OFFSET);
       out.start[begin] = start;

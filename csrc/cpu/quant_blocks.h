@@ -2,7 +2,8 @@
 // strips of which all rows lie behind each other.
 //
 // A row is split 16 strips at a time, so that largest elements and sums are found for 16 strips at
-// once: one by one, finding them takes as long as all else.
+// once: one by one, finding them takes as long as all else. It is divided by its scales without a
+// division, and sums of codes are products of bytes by 1.
 #pragma once
 
 #include <atomic>
@@ -15,6 +16,7 @@ namespace tilewise {
 
 constexpr int64_t BLOCK = 8;  // strips
 constexpr int OFFSET = 128;   // what a code is more than its digit
+constexpr int32_t ONES = 0x01010101, OFFSETS = static_cast<int32_t>(uint32_t{OFFSET} * ONES);
 
 template <int DIGITS>
 struct alignas(64) RowBlock {
@@ -39,10 +41,12 @@ class RowBlocks {
       const auto row = make_workspace<float>(filled * STRIP), scales = make_workspace<float>(filled);
       for (int64_t m = task * each; m < std::min(rows_, (task + 1) * each); ++m) {
         load_row(call, m, row.get());
-        std::fill_n(row.get() + strips * STRIP, (filled - strips) * STRIP, 0.0f);
-        if (!find_scales(row.get(), strips, scales.get())) possible = false;
+        std::fill_n(row.get() + strips * STRIP, strips % 2 * STRIP, 0.0f);
+        const bool is_normal = find_scales(row.get(), strips, scales.get());
+        if (!is_normal && DIGITS > 1) possible = false;
         for (int64_t s = 0; s < strips; s += TOGETHER) {
-          split(row.get() + s * STRIP, scales.get() + s, m, s, std::min(strips - s, TOGETHER));
+          split(row.get() + s * STRIP, scales.get() + s, is_normal, m, s,
+                static_cast<int>(std::min(strips - s, TOGETHER)));
         }
       }
     });
@@ -57,83 +61,118 @@ class RowBlocks {
  private:
   static constexpr int W = F32::WIDTH;
   static constexpr int64_t TOGETHER = 16;
+  static constexpr float SMALLEST = 0x1p-100f;  // scale whose digits and inverse are normal
   static_assert(W == TOGETHER && STRIP == 2 * W, "a lane for every strip, and half a strip a vector");
 
-  // The scale of the first digit of every strip. False where that is not normal.
+  // The scale of the first digit of every strip, and some zeros; NaN where an element is not finite. False if any is
+  // not normal.
   bool find_scales(const float* x, int64_t strips, float* scales) const {
     for (int64_t s = 0; s < strips; s += TOGETHER) {
       F32 most[TOGETHER];
       for (int i = 0; i < TOGETHER; ++i) {
         const float* strip = x + (s + i) * STRIP;
-        most[i] = max_bits(abs(load(strip)), abs(load(strip + W)));
+        most[i] = s + i < strips ? max_bits(abs(load(strip)), abs(load(strip + W))) : F32::zero();
       }
-      transpose(most);
-      for (int i = 1; i < TOGETHER; ++i) most[0] = max_bits(most[0], most[i]);
-      store(scales + s, most[0]);
+      store(scales + s, reduce_each(most, max_bits));
     }
-    bool is_normal = true;
-    for (int64_t first = 0; first < strips; first += shared_) {
+    for (int64_t first = 0; shared_ > 1 && first < strips; first += shared_) {
       const int64_t last = std::min(strips, first + shared_);
       float most = scales[first];
       for (int64_t s = first + 1; s < last; ++s) {
         if (!(scales[s] <= most)) most = scales[s] > most || scales[s] != scales[s] ? scales[s] : most;
       }
-      if (!(most == 0 || (most >= 0x1p-100f && most <= FLT_MAX))) is_normal = false;
-      const float scale = most <= FLT_MAX ? most / 127 : __builtin_nanf("");
-      std::fill(scales + first, scales + last, scale);
+      std::fill(scales + first, scales + last, most);
     }
-    return is_normal || DIGITS == 1;
+    bool is_normal = true;
+    for (int64_t s = 0; s < round_up(strips, TOGETHER); ++s) {
+      const float most = scales[s];
+      is_normal &= (most == 0) | ((most >= 127 * SMALLEST) & (most <= FLT_MAX));
+      scales[s] = most / 127 + (most - most);
+    }
+    return is_normal;
   }
 
-  // `count` strips of row m from strip `first` on; x goes on for TOGETHER.
-  void split(const float* x, const float* scales, int64_t m, int64_t first, int64_t count) {
+  // `count` strips of row m from strip `first` on; x holds an even number of strips, and `scales` TOGETHER.
+  void split(const float* x, const float* scales, bool is_normal, int64_t m, int64_t first,
+             int count) {
     constexpr float LAST = DIGITS == 1 ? 1 : DIGITS == 2 ? DIGIT_BASE : DIGIT_BASE * DIGIT_BASE;
-    const F32 top = F32::all(127), bottom = F32::all(-127);
-    alignas(64) F32 sums[2][DIGITS][TOGETHER];
-    for (int64_t i = count; i < TOGETHER; ++i) {
-      for (int d = 0; d < DIGITS; ++d) sums[0][d][i] = sums[1][d][i] = F32::zero();
-    }
-    for (int i = 0; i < count; ++i) {
-      RowBlock<DIGITS>& to = data_[(first + i) / BLOCK * rows_ + m];
-      const int s = static_cast<int>((first + i) % BLOCK);
-      const F32 divisor = F32::all(scales[i] > 0 ? scales[i] : 1.0f);
-      const bool is_number = scales[i] == scales[i];
-      for (int h = 0; h < 2; ++h) {
-        F32 rest = is_number ? load(x + i * STRIP + h * W) / divisor : F32::zero();
-#pragma GCC unroll 3
-        for (int d = 0; d < DIGITS; ++d) {
-          const F32 digit = min(max(round(rest), bottom), top);
-          store_bytes(to.codes[d] + s * STRIP + h * W, digit + F32::all(OFFSET));
-          sums[h][d][i] = digit;
-          rest = (rest - digit) * F32::all(DIGIT_BASE);
-        }
+    alignas(64) float inverses[TOGETHER], of_strip[DIGITS][TOGETHER], of_half[2][TOGETHER];
+    alignas(64) float of_both[TOGETHER], last_scales[TOGETHER];
+    const F32 scale = load(scales);
+    store(inverses, select_equal(scale, F32::zero(), F32::zero(), F32::all(1) / scale));
+    RowBlock<DIGITS>* blocks[2] = {&data_[first / BLOCK * rows_ + m], nullptr};
+    blocks[1] = blocks[0] + rows_;
+
+    I32 strips[DIGITS][TOGETHER / 2];  // sums of four codes each, two strips in a vector
+    for (int d = 0; d < DIGITS; ++d) std::fill_n(strips[d], TOGETHER / 2, I32::zero());
+    for (int i = 0; i < count; i += 2) {
+      F32 rest[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const int s = i + v / 2;
+        rest[v] = quotient(load(x + i * STRIP + v * W), scales[s], inverses[s], is_normal);
       }
-      to.scale[s] = scales[i] / LAST;
+#pragma GCC unroll 3
+      for (int d = 0; d < DIGITS; ++d) {
+        F32 digit[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          digit[v] = round(rest[v]);  // the first is at most 127, as the largest element is
+          if (d > 0) digit[v] = min(max(digit[v], F32::all(-127)), F32::all(127));
+          rest[v] = (rest[v] - digit[v]) * F32::all(DIGIT_BASE);
+        }
+        const I32 codes = to_bytes(digit);
+        strips[d][i / 2] = dot_bytes(I32::zero(), I32::all(ONES), codes);
+        store_int(blocks[i / BLOCK]->codes[d] + i % BLOCK * STRIP, codes ^ I32::all(OFFSETS));
+      }
     }
     F32 total[2] = {F32::zero(), F32::zero()};
-    alignas(64) float of_strip[DIGITS][TOGETHER], of_half[2][TOGETHER], of_both[TOGETHER];
     for (int d = DIGITS; d-- > 0;) {
-      F32 both = F32::zero();
+      I32 sums[2];
+      reduce_halves(strips[d], sums);
       for (int h = 0; h < 2; ++h) {
-        const F32 sum = reduce_each(sums[h][d]);
-        total[h] = fma(total[h], F32::all(1 / DIGIT_BASE), sum);
-        both = both + sum;
+        total[h] = fma(total[h], F32::all(1 / DIGIT_BASE), to_f32(sums[h]));
       }
-      store(of_strip[d], both);
+      store(of_strip[d], to_f32(sums[0] + sums[1]));
     }
-    const F32 scale = load(scales);
     for (int h = 0; h < 2; ++h) store(of_half[h], total[h] * scale);
     store(of_both, (total[0] + total[1]) * scale);
-    for (int i = 0; i < count; ++i) {
-      RowBlock<DIGITS>& to = data_[(first + i) / BLOCK * rows_ + m];
-      const int s = static_cast<int>((first + i) % BLOCK), begin = s & -span_;
-      for (int d = 0; d < DIGITS; ++d) {
-        to.sums[begin][d] = s == begin ? of_strip[d][i] : to.sums[begin][d] + of_strip[d][i];
+    store(last_scales, scale / F32::all(LAST));
+    for (int i = 0; i < count; i += BLOCK) {
+      fill(last_scales + i, of_strip, of_half, of_both + i, i, *blocks[i / BLOCK]);
+    }
+  }
+
+  // x / scale, by one of Newton's steps from the rounded inverse, with a remainder that is exact
+  // (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990): a
+  // third of the time of a division. Zero if the scale is zero or NaN.
+  static F32 quotient(F32 x, float scale, float inverse, bool is_normal) {
+    if (is_normal) {
+      const F32 near = x * F32::all(inverse);
+      return fma(fma(near, F32::all(-scale), x), F32::all(inverse), near);
+    }
+    return scale > 0 ? x / F32::all(scale) : F32::zero();
+  }
+
+  // What stands beside the codes of a block.
+  void fill(const float* scales, const float (&of_strip)[DIGITS][TOGETHER],
+            const float (&of_half)[2][TOGETHER], const float* of_both, int at,
+            RowBlock<DIGITS>& to) const {
+    std::copy_n(scales, BLOCK, to.scale);
+    for (int s = 0; s < BLOCK; ++s) {
+      for (int d = 0; d < DIGITS; ++d) to.sums[s][d] = of_strip[d][at + s];
+    }
+    if (groups_ == 2) {
+      for (int s = 0; s < BLOCK; ++s) {
+        for (int h = 0; h < 2; ++h) to.totals[2 * s + h] = of_half[h][at + s];
       }
-      if (groups_ == 2) {
-        for (int h = 0; h < 2; ++h) to.totals[2 * s + h] = of_half[h][i];
-      } else {
-        to.totals[begin] = s == begin ? of_both[i] : to.totals[begin] + of_both[i];
+      return;
+    }
+    std::copy_n(of_both, BLOCK, to.totals);
+    for (int begin = 0; span_ > 1 && begin < BLOCK; begin += span_) {
+      for (int s = begin + 1; s < begin + span_; ++s) {
+        to.totals[begin] += to.totals[s];
+        for (int d = 0; d < DIGITS; ++d) to.sums[begin][d] += to.sums[s][d];
       }
     }
   }

@@ -136,21 +136,22 @@ inline F32 held(F32 x) {
 inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 
-// The sum of each of the sixteen vectors, in order.
-inline F32 reduce_each(const F32* a) {
-  __m512 four[4];
+// The sum of each of the sixteen vectors, in order; or what `op` makes of each.
+template <class Op>
+inline F32 reduce_each(const F32* a, const Op& op) {
+  F32 four[4];
   for (int i = 0; i < 4; ++i, a += 4) {
-    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v),
-                                   _mm512_unpackhi_ps(a[0].v, a[1].v));
-    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v),
-                                   _mm512_unpackhi_ps(a[2].v, a[3].v));
-    four[i] = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    const F32 x = op(F32(_mm512_unpacklo_ps(a[0].v, a[1].v)), F32(_mm512_unpackhi_ps(a[0].v, a[1].v)));
+    const F32 y = op(F32(_mm512_unpacklo_ps(a[2].v, a[3].v)), F32(_mm512_unpackhi_ps(a[2].v, a[3].v)));
+    four[i] = op(F32(_mm512_shuffle_ps(x.v, y.v, 0x44)), F32(_mm512_shuffle_ps(x.v, y.v, 0xee)));
   }
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
-                                 _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
-                                 _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  const auto fold = [&](F32 x, F32 y) {
+    return op(F32(_mm512_shuffle_f32x4(x.v, y.v, 0x88)), F32(_mm512_shuffle_f32x4(x.v, y.v, 0xdd)));
+  };
+  return fold(fold(four[0], four[1]), fold(four[2], four[3]));
+}
+inline F32 reduce_each(const F32* a) {
+  return reduce_each(a, [](F32 x, F32 y) { return x + y; });
 }
 
 inline F32 load_f32(const float* p) { return _mm512_loadu_ps(p); }

@@ -55,12 +55,33 @@ inline I32 sub_bytes(I32 a, I32 b) { return _mm512_sub_epi8(a.v, b.v); }
 // Adds four products of bytes in each lane, unsigned ones of a and signed ones of b.
 inline I32 dot_bytes(I32 sum, I32 a, I32 b) { return _mm512_dpbusd_epi32(sum.v, a.v, b.v); }
 
-// The nearest integers, ties to even, as unsigned bytes. They must be in range.
-inline void store_bytes(uint8_t* p, F32 x) { store_rounded_i8(reinterpret_cast<int8_t*>(p), x); }
+// The nearest integers, ties to even, as signed bytes, one vector after the other.
+inline I32 to_bytes(const F32 (&x)[4]) {
+  const __m512i low = _mm512_packs_epi32(to_i32(x[0]).v, to_i32(x[1]).v);
+  const __m512i high = _mm512_packs_epi32(to_i32(x[2]).v, to_i32(x[3]).v);
+  // 128 bits hold four bytes of each.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+}
 // The larger of two numbers that are not negative; a NaN is larger than all.
 inline F32 max_bits(F32 a, F32 b) {
   return _mm512_castsi512_ps(
       _mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)));
+}
+
+// a[i] holds 8 lanes of strip 2 i and 8 of strip 2 i + 1. Adds up the first four lanes of each strip,
+// in sums[0], and the last four, in sums[1]; lane by lane as the strips are numbered.
+inline void reduce_halves(const I32 (&a)[8], I32 (&sums)[2]) {
+  __m512i fours[2];  // 128 bits for each half of a strip, and 32 of them for each of 4 vectors
+  for (int i = 0; i < 2; ++i) {
+    const I32* b = a + 4 * i;
+    const I32 x = I32(_mm512_unpacklo_epi32(b[0].v, b[1].v)) + _mm512_unpackhi_epi32(b[0].v, b[1].v);
+    const I32 y = I32(_mm512_unpacklo_epi32(b[2].v, b[3].v)) + _mm512_unpackhi_epi32(b[2].v, b[3].v);
+    fours[i] = (I32(_mm512_unpacklo_epi64(x.v, y.v)) + _mm512_unpackhi_epi64(x.v, y.v)).v;
+  }
+  const __m512i first = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  sums[0] = _mm512_permutex2var_epi32(fours[0], first, fours[1]);
+  sums[1] = _mm512_permutex2var_epi32(fours[0], _mm512_add_epi32(first, _mm512_set1_epi32(4)), fours[1]);
 }
 
 // Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
