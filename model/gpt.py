@@ -114,13 +114,17 @@ class Attention(nn.Module):
         positions: torch.Tensor,  # x's shape without dim
         rotary: RotaryTables | None,
         paged: PagedBatch | None,
+        only_last: bool,
     ) -> torch.Tensor:
         sizes = [heads * self.head_dim for heads in self.heads]
         parts = project_parts(self.qkv, x, sizes)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        asking = positions
+        if only_last and paged is not None:
+            q, asking = q[paged.last], positions[paged.last]
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q = rotary_embedding(q, rotary, positions)
+            q = rotary_embedding(q, rotary, asking)
         if paged is None:
             if rotary is not None:
                 k = rotary_embedding(k, rotary, positions)
@@ -144,7 +148,7 @@ class Attention(nn.Module):
                 cache.v,
                 paged.block_table,
                 paged.cache_seqlens,
-                cu_seqlens_q=paged.cu_seqlens_q,
+                cu_seqlens_q=None if only_last else paged.cu_seqlens_q,
                 k_scale=cache.k_scale,
                 v_scale=cache.v_scale,
                 causal=True,
@@ -173,7 +177,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward network, each behind a norm."""
+    """One layer: attention, then the feed-forward network, each behind a norm.
+
+    With `only_last` all new tokens enter the cache, but only the last of each sequence goes on.
+    """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -189,9 +196,13 @@ class Block(nn.Module):
         positions: torch.Tensor,
         rotary: RotaryTables | None,
         paged: PagedBatch | None,
+        only_last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, stream = self.attention_norm(delta, stream)
-        x, stream = self.ffn_norm(self.attention(x, positions, rotary, paged), stream)
+        attended = self.attention(x, positions, rotary, paged, only_last)
+        if only_last and paged is not None:
+            stream = stream[paged.last]
+        x, stream = self.ffn_norm(attended, stream)
         return self.ffn(x), stream
 
 
@@ -281,10 +292,10 @@ class GPT(nn.Module):
             delta = delta + self.positions(positions).to(self.dtype)
         else:
             rotary = self._rotary_tables(length, token_ids.device)
+        has_prompts = paged is not None and paged.cu_seqlens_q is not None
         for block in self.blocks:
-            delta, stream = block(delta, stream, positions, rotary, paged)
-        if paged is not None and paged.cu_seqlens_q is not None and stream is not None:
-            delta, stream = delta[paged.last], stream[paged.last]
+            only_last = has_prompts and block is self.blocks[-1]
+            delta, stream = block(delta, stream, positions, rotary, paged, only_last)
         x, _ = self.norm(delta, stream)
         return self.head(x)
 
