@@ -223,6 +223,29 @@ def test_compiles_without_a_break(
         )
 
 
+@pytest.mark.parametrize("case", _first_of_each_op(DIFFERENTIABLE), ids=_ids)
+def test_torch_func_differentiates_the_naive_function(case: Case, device: str) -> None:
+    """In both directions; a kernel's result would be a constant to forward mode, without a word."""
+    arguments = case.make(Inputs(torch.float32, device))
+    name = case.grad[0]
+    x = arguments[name]
+    expected = run_case(case, arguments, "naive")["output"]
+
+    def loss(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        returned = public_function(case.op)(**(arguments | {name: x}), backend=backend)
+        return case.results(arguments, returned)["output"].sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf, "naive"), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    value, along = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, expected.sum())
+    torch.testing.assert_close(along, grad.sum(), rtol=1e-4, atol=1e-4)
+    for backend in set(dispatch.OPS[case.op].backends) - {"naive"}:
+        with pytest.raises(dispatch.BackendError, match=r"torch\.func|needs|computes"):
+            torch.func.grad(loss)(x, backend)
+
+
 OPERATOR_CALLS = all_operator_calls()
 _WHY_NOT = {"cpu": cpu.why_not, "triton": gpu.why_not}
 
