@@ -48,6 +48,20 @@ def _on_every_backend(
     return pytest.mark.parametrize(("case", "backend", "dtype"), params)
 
 
+@pytest.mark.parametrize("case", CASES, ids=_ids)
+def test_a_tensor_without_strides_is_refused_by_name(case: Case) -> None:
+    arguments = case.make(Inputs())
+    for name, x in arguments.items():
+        if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] == 0:
+            continue
+        if x.dtype.itemsize == 1 and x.dtype != torch.bool:  # cannot be made sparse
+            continue
+        nested = torch.nested.nested_tensor([x[0]]) if x.is_floating_point() and x.dim() > 1 else x
+        for other in (x.to_sparse(), *([nested] if nested is not x else [])):
+            with pytest.raises(TypeError, match=f"^{name}: must be a strided tensor, got"):
+                public_function(case.op)(**arguments | {name: other})
+
+
 @dataclass
 class Call:
     """A case with its arguments, ready to run on one backend."""

@@ -14,9 +14,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_tensor(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a tensor."""
+    """Raise unless `value` is a tensor whose elements lie in memory by strides."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: must be a strided tensor, got {got.lstrip('_')}")
 
 
 def is_integer(name: str, value: object) -> None:

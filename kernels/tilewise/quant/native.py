@@ -87,9 +87,9 @@ def quantized_matmul_plainly(
     if finish is None or rounding is None or (act == "fp8" and weight.format != "fp8"):
         return None
     group = naive.activation_group(weight)
-    out: torch.Tensor | None = operators.plain_quantized_matmul(
-        x, *describe(weight), bias, finish, residual, rounding, group
-    )
+    options = (bias, finish, residual, rounding, group)
+    multiply = operators.plain_quantized_matmul
+    out: torch.Tensor | None = cpu.plainly(multiply, x, *describe(weight), *options)
     return out
 
 
