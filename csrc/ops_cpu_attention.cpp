@@ -172,6 +172,7 @@ void attention_backward_op(Tensor grad_out, OptionalTensor grad_lse, Tensor out,
                          std::nullopt, std::nullopt, out, lse);
   set_options(a, alibi_slopes, sinks, bias, causal, scale, window_left, window_right, softcap);
   AttentionGradients g{};
+  g.out_dtype = dtype_of(out);
   g.grad_out = heads_of(grad_out);
   g.grad_lse = pointer<float>(grad_lse);
   g.grad_q = heads_of(grad_q);

@@ -157,7 +157,7 @@ def _config(fields: Fields, architecture: str, tensors: Mapping[str, GGUFTensor]
         **shape,
         norm_eps=number("attention.layer_norm_rms_epsilon"),
         rotary_base=base,
-        rotary_scaling=_rotary_scaling(fields, architecture, tensors),
+        rotary_scaling=_rotary_scaling(fields, architecture, tensors, head_dim),
         qkv_bias="blk.0.attn_q.bias" in tensors,
         out_bias="blk.0.attn_output.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
@@ -167,7 +167,7 @@ def _config(fields: Fields, architecture: str, tensors: Mapping[str, GGUFTensor]
 
 
 def _rotary_scaling(
-    fields: Fields, architecture: str, tensors: Mapping[str, GGUFTensor]
+    fields: Fields, architecture: str, tensors: Mapping[str, GGUFTensor], head_dim: int
 ) -> RotaryScaling | None:
     """How the rotary frequencies are stretched.
 
@@ -176,7 +176,12 @@ def _rotary_scaling(
     """
     kind = fields.text(f"{architecture}.rope.scaling.type", "none")
     if "rope_freqs.weight" in tensors:
-        factors = _stored(tensors["rope_freqs.weight"]).data.double()
+        stored = _stored(tensors["rope_freqs.weight"])
+        if stored.ggml_type is not None or stored.shape != (head_dim // 2,):
+            raise ModelError(
+                f"rope_freqs.weight must be {head_dim // 2} floats, got shape {stored.shape}"
+            )
+        factors = stored.data.double()
         scaling = Llama3Scaling(factor=max(float(factors.max()), 1.0))
         base = fields.number(f"{architecture}.rope.freq_base", 10000.0)
         frequencies = base ** (-torch.arange(len(factors)).double() / len(factors))

@@ -235,6 +235,13 @@ def _call_with_kvcache(**change):
 
 
 _NEW = torch.zeros(1, 1, 2, 8)
+_NEW_ROTATED = {
+    "k": _NEW,
+    "v": _NEW,
+    "cache_seqlens": 1,
+    "rotary_cos": torch.ones(4, 2),
+    "rotary_sin": torch.ones(4, 2),
+}
 
 
 @pytest.mark.parametrize(
@@ -263,11 +270,58 @@ _NEW = torch.zeros(1, 1, 2, 8)
             {"cache_seqlens": torch.zeros(1)},
             "cache_seqlens: dtype must be int32, got float32",
         ),
+        ({"cache_seqlens": 5}, "cache_seqlens: must be from 0 to 4, the cache's capacity, got 5"),
+        ({"cache_seqlens": True}, "cache_seqlens: must be an int, got bool"),
+        ({"softmax_scale": math.inf}, "softmax_scale: must be finite, got inf"),
+        ({"window_size": (-2, 0)}, "window_size: must be >= -1 on both sides"),
+        ({"return_softmax_lse": 1}, "return_softmax_lse: must be a bool, got int"),
+        (
+            {"cache_batch_idx": torch.zeros(1)},
+            "cache_batch_idx: dtype must be int32 or int64, got float32",
+        ),
+        (
+            {"block_table": torch.zeros(2, 1, dtype=torch.int32)},
+            "block_table: batch must be q's, 1, got 2",
+        ),
+        (_NEW_ROTATED | {"rotary_sin": 1}, "rotary_sin: must be a torch.Tensor, got int"),
+        (
+            _NEW_ROTATED | {"rotary_sin": torch.ones(4, 3)},
+            r"rotary_sin: shape must be \(4, 2\)",
+        ),
+        (
+            _NEW_ROTATED | {"rotary_interleaved": 1},
+            "rotary_interleaved: must be a bool, got int",
+        ),
     ],
 )
 def test_kvcache_refuses(change, message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         _call_with_kvcache(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"softmax_scale": "1"}, "softmax_scale: must be a number or None, got str"),
+        ({"window_size": 3}, r"window_size: must be \(left, right\), got int"),
+        ({"return_attn_probs": 1}, "return_attn_probs: must be a bool, got int"),
+        ({"softcap": -1.0}, "softcap: must be >= 0 and finite, got -1.0"),
+        ({"scale": 1.0}, ".* got an unexpected keyword argument 'scale'"),
+    ],
+)
+def test_errors_name_the_arguments_that_the_caller_wrote(change, message):
+    q, cu = torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        tilewise.flash_attn_func(q[None], q[None], q[None], **change)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        tilewise.flash_attn_varlen_func(q, q, q, cu, cu, 3, 3, **change)
+
+
+def test_pages_that_do_not_fit_are_called_k_and_v():
+    q, cu = torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    pages, table = torch.zeros(1, 3, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"^v: shape must be \(1, 3, 2, 8\) \(k's pages"):
+        tilewise.flash_attn_varlen_func(q, pages, pages[:, :2], cu, cu, 3, 3, block_table=table)
 
 
 def test_dropout_is_refused():
@@ -315,6 +369,12 @@ def test_sdpa_is_pytorchs(q_len, k_len, options, kv_heads):
             r"query: shape must be \(batch, heads, seqlen, head_dim\), got \(2, 3, 8\)",
         ),
         ({"value": None}, "value: must be a torch.Tensor, got NoneType"),
+        ({"value": torch.zeros(1, 2, 2, 8)}, "value: seqlen_k must be key's, 3, got 2"),
+        (
+            {"attn_mask": torch.zeros(3, 3, dtype=torch.int64)},
+            "attn_mask: dtype must be bool or float.*, got int64",
+        ),
+        ({"is_causal": 1}, "is_causal: must be a bool, got int"),
     ],
 )
 def test_sdpa_refuses(change, message):

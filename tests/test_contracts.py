@@ -48,6 +48,20 @@ def _on_every_backend(
     return pytest.mark.parametrize(("case", "backend", "dtype"), params)
 
 
+@pytest.mark.parametrize("case", CASES, ids=_ids)
+def test_a_tensor_without_strides_is_refused_by_name(case: Case) -> None:
+    arguments = case.make(Inputs())
+    for name, x in arguments.items():
+        if not isinstance(x, torch.Tensor) or x.dim() == 0 or x.shape[0] == 0:
+            continue
+        if x.dtype.itemsize == 1 and x.dtype != torch.bool:  # cannot be made sparse
+            continue
+        nested = torch.nested.nested_tensor([x[0]]) if x.is_floating_point() and x.dim() > 1 else x
+        for other in (x.to_sparse(), *([nested] if nested is not x else [])):
+            with pytest.raises(TypeError, match=f"^{name}: must be a strided tensor, got"):
+                public_function(case.op)(**arguments | {name: other})
+
+
 @dataclass
 class Call:
     """A case with its arguments, ready to run on one backend."""
@@ -221,6 +235,29 @@ def test_compiles_without_a_break(
         testing.assert_agrees(
             compiled[name], value, truth[name], name=name, floor=floor_of(case, name, value)
         )
+
+
+@pytest.mark.parametrize("case", _first_of_each_op(DIFFERENTIABLE), ids=_ids)
+def test_torch_func_differentiates_the_naive_function(case: Case, device: str) -> None:
+    """In both directions; a kernel's result would be a constant to forward mode, without a word."""
+    arguments = case.make(Inputs(torch.float32, device))
+    name = case.grad[0]
+    x = arguments[name]
+    expected = run_case(case, arguments, "naive")["output"]
+
+    def loss(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        returned = public_function(case.op)(**(arguments | {name: x}), backend=backend)
+        return case.results(arguments, returned)["output"].sum()
+
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf, "naive"), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), grad)
+    value, along = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, expected.sum())
+    torch.testing.assert_close(along, grad.sum(), rtol=1e-4, atol=1e-4)
+    for backend in set(dispatch.OPS[case.op].backends) - {"naive"}:
+        with pytest.raises(dispatch.BackendError, match=r"torch\.func|needs|computes"):
+            torch.func.grad(loss)(x, backend)
 
 
 OPERATOR_CALLS = all_operator_calls()

@@ -68,3 +68,20 @@ def test_dropout_is_refused():
     q = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ValueError, match=r"dropout: must be 0, got 0\.1"):
         ours.attention(torch.nn.Identity(), q, q, q, None, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scaling": "1"}, "scaling: must be a number or None, got str"),
+        ({"s_aux": torch.zeros(3)}, r"s_aux: shape must be \(2,\) \(query's heads\)"),
+        ({"key": torch.zeros(1, 2, 8)}, r"key: shape must be \(batch, heads, seq, head_dim\)"),
+        ({"attention_mask": torch.zeros(4)}, "attention_mask: shape must broadcast to"),
+        ({"is_causal": 1}, "is_causal: must be a bool, got int"),
+    ],
+)
+def test_errors_name_the_arguments_that_transformers_passes(change, message):
+    x = torch.zeros(1, 2, 3, 8)
+    arguments = {"query": x, "key": x, "value": x, "attention_mask": None}
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        ours.attention(torch.nn.Identity(), **arguments | change)

@@ -354,6 +354,10 @@ def test_llama3_frequencies_in_a_gguf_file(tmp_path):
     assert lm.gpt.config.rotary_scaling == scaling
     with pytest.raises(ModelError, match=r"rope_freqs.weight does not follow Llama 3's rule"):
         tilewise.model.load(write(tmp_path / "other.gguf", factors[::-1].copy()))
+    for shape in ((2, 8), (4,)):
+        wrong = np.resize(factors, shape)
+        with pytest.raises(ModelError, match=r"rope_freqs.weight must be 8 floats, got shape"):
+            tilewise.model.load(write(tmp_path / "shape.gguf", wrong))
 
 
 # --- what is no model -----------------------------------------------------------------------------

@@ -122,6 +122,19 @@ def test_a_weight_that_changes_in_place_is_turned_again(part):
 
 
 @needs_cpu
+@pytest.mark.parametrize("part", ["data", "scales", "zeros"])
+def test_a_weight_of_inference_mode_may_change_in_place(part):
+    with torch.inference_mode():
+        weight = weight_of("int8", 16, 32)
+        assert not weight.data.is_inference(), "it would be turned on every call"
+        copies = {name: getattr(weight, name).clone() for name in ("data", "scales", "zeros")}
+        weight = dataclasses.replace(weight, **{part: copies[part]})
+        assert_cpu_agrees(weight)
+        getattr(weight, part).mul_(0)
+        assert_cpu_agrees(weight)
+
+
+@needs_cpu
 @pytest.mark.parametrize(
     "change",
     [

@@ -110,6 +110,7 @@ void attention_prefill(const Attention& a, const Sequence* sequences, int64_t co
 void attention_decode(const Attention& a, const Sequence* sequences, int64_t count);
 
 struct AttentionGradients {
+  DType out_dtype;               // q's, or float32 where nothing may be lost by rounding
   Heads grad_out;                // like out, of any strides
   const float* grad_lse;         // like lse, or null
   Heads grad_q, grad_k, grad_v;  // contiguous and zero, of q's dtype

@@ -31,8 +31,8 @@ namespace {
 // --- what each query row contributes -------------------------------------------------------------
 
 // The sum over dO * out. Where out is exactly 0, as in rows that see nothing, dO may be anything.
-template <class T>
-float weighted_sum(const T* grad_out, const T* out, int64_t n) {
+template <class T, class Out>
+float weighted_sum(const T* grad_out, const Out* out, int64_t n) {
   RowSum sum;
   for_vectors(n, [&](int64_t i, auto part, int way) {
     const F32 x = part.load(out + i), zero = F32::zero();
@@ -62,9 +62,11 @@ std::vector<double> prepare(const Attention& a, const AttentionGradients& g,
     for (int64_t i = chunks[task].first; i < end; ++i) {
       for (int64_t h = 0; h < a.heads; ++h) {
         const int64_t row = lse_offset(a, s, i, h);
-        delta[row] = weighted_sum(
-            static_cast<const T*>(g.grad_out.data) + offset(a, g.grad_out, s, i, h),
-            static_cast<const T*>(a.out.data) + offset(a, a.out, s, i, h), a.v_dim);
+        const T* grad = static_cast<const T*>(g.grad_out.data) + offset(a, g.grad_out, s, i, h);
+        const int64_t at = offset(a, a.out, s, i, h);
+        delta[row] = g.out_dtype == DType::f32
+                         ? weighted_sum(grad, static_cast<const float*>(a.out.data) + at, a.v_dim)
+                         : weighted_sum(grad, static_cast<const T*>(a.out.data) + at, a.v_dim);
         if (g.grad_lse) delta[row] -= g.grad_lse[row];
         if (a.sinks && a.lse[row] != -INFINITY) {
           of_sinks[task * a.heads + h] -= std::exp(a.sinks[h] - a.lse[row]) * delta[row];

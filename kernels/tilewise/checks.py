@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -12,9 +14,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def is_tensor(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a tensor."""
+    """Raise unless `value` is a tensor whose elements lie in memory by strides."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested one" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: must be a strided tensor, got {got.lstrip('_')}")
 
 
 def is_integer(name: str, value: object) -> None:
@@ -80,3 +85,33 @@ def like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) 
         wanted, got = (str(t.dtype).removeprefix("torch.") for t in (other, tensor))
         raise ValueError(f"{name}: dtype must be {other_name}'s, {wanted}, got {got}")
     on_device_of(name, tensor, other_name, other)
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def renamed(
+    names: dict[str, str],
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """Decorator: errors of the functions that this one calls name the arguments of this one.
+
+    Args:
+        names: by what a called function names an argument, what the caller wrote.
+    """
+    words = re.compile(rf"(?<![\w.'])({'|'.join(map(re.escape, names))})(?!\w)")
+
+    def decorate(fn: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+        @functools.wraps(fn)
+        def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+            try:
+                return fn(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                message = words.sub(lambda found: names[found[0]], str(error))
+                if message == str(error):
+                    raise
+                raise type(error)(message) from None
+
+        return call
+
+    return decorate

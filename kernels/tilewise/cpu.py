@@ -10,6 +10,9 @@ behind it is the one that the ordinary way would find.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from tilewise import native
@@ -55,6 +58,14 @@ def plain_operators(op: str, backend: str, *tensors: torch.Tensor) -> native.Ope
         if type(x) not in _TENSORS or not x.is_cpu or (is_recorded and x.requires_grad):
             return None
     return native.loaded_cpu_ops()
+
+
+def plainly(operator: Callable[..., Any], *args: Any, otherwise: Any = None) -> Any:
+    """What a plain operator returns; `otherwise` where a tensor is sparse or nested."""
+    try:
+        return operator(*args)
+    except NotImplementedError:
+        return otherwise
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

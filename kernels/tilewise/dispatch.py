@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("naive", "torch", "triton", "cpu", "cuda")
 """The backend names, the same in the API, the tests, the benchmarks, the CLI and the reports."""
@@ -38,6 +39,26 @@ class BackendError(RuntimeError):
 def never(*args: Any, **kwargs: Any) -> str | None:
     """A `why_not` that never objects."""
     return None
+
+
+_DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+
+
+def is_transformed() -> bool:
+    """Whether a function transform or forward mode, which kernels know nothing of, differentiates.
+
+    Forward mode would take an unknown operator for a constant, and say nothing.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    return any(level.key() in _DIFFERENTIATING for level in stack)
+
+
+# A traced transform is in place while it is traced (see `native.why_not_cpu`).
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,8 @@ class Impl:
 
     def refuses(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Why `fn` cannot run this call here and now; None where it can."""
+        if self.name != "naive" and is_transformed():
+            return "torch.func and forward mode can differentiate only the naive function"
         if self.untraceable and torch.compiler.is_compiling():
             return f"torch.compile cannot trace it: {self.untraceable}"
         return self.why_not(*args, **kwargs)

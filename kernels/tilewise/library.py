@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tilewise.dispatch import BackendError
 
@@ -83,11 +84,12 @@ class Contract:
 
 
 def is_watched() -> bool:
-    """Whether a compiler, a dispatch mode or a function transform looks at what operators run."""
+    """Whether a compiler, a mode or a function transform looks at what operators run."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     )
 
 

@@ -118,6 +118,11 @@ def _forward(
     return result
 
 
+def _finer(q: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether one of the others is of a dtype with more bits than q's."""
+    return any(x is not None and x.dtype.itemsize > q.dtype.itemsize for x in others)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -150,7 +155,16 @@ class _Attention(torch.autograd.Function):
             if cu_seqlens
             else operators.FLASH_ATTENTION_BACKWARD
         )
-        needs_grad_bias = ctx.needs_input_grad[4]
+        needs_grad_sinks, needs_grad_bias = ctx.needs_input_grad[3:5]
+        wanted = (sinks if needs_grad_sinks else None, bias if needs_grad_bias else None)
+        if _finer(q, *wanted):
+            # What a score gains by its weight is told from `out`, and where a gradient is a sum
+            # over keys little else is left of it: it would be noise from the rounding of `out`.
+            ragged = (*cu_seqlens, *ctx.max_seqlens)
+            q_, k_, v_ = q.float(), k.float(), v.float()
+            out, lse = _forward(
+                q_, k_, v_, sinks, bias, alibi_slopes, ragged, ctx.options, ctx.backend
+            )
         grad_q, grad_k, grad_v, grad_sinks, grad_bias = contract(
             torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
@@ -172,7 +186,7 @@ class _Attention(torch.autograd.Function):
             grad_q,
             grad_k,
             grad_v,
-            grad_sinks if ctx.needs_input_grad[3] else None,
+            grad_sinks if needs_grad_sinks else None,
             grad_bias if needs_grad_bias else None,
             *[None] * (len(ctx.needs_input_grad) - 5),
         )

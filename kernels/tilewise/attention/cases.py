@@ -82,6 +82,19 @@ def _minus_infinity(make: Make, hidden: slice) -> Make:
     return with_minus_infinity
 
 
+def _fine(make: Make) -> Make:
+    """The same call with sinks and bias in float32, whatever the rest is in."""
+
+    def with_fine_parameters(inputs: Inputs) -> dict[str, Any]:
+        arguments = make(inputs)
+        for name in ("sinks", "bias"):
+            if name in arguments and arguments[name].dtype.itemsize == 2:
+                arguments[name] = arguments[name].float()
+        return arguments
+
+    return with_fine_parameters
+
+
 def _poison(arguments: dict[str, Any]) -> dict[str, Any]:
     """Keys and values that no query sees, queries that see no key, and bias behind the mask."""
     poisoned = dict(arguments)
@@ -191,6 +204,11 @@ _DENSE = [
     _case("bias", _dense(5, 7, bias=(2, 2, 5, 7)), more_grad=("bias",)),
     _case("bias by head", _dense(5, 7, bias=(2, 1, 7), causal=True), more_grad=("bias",)),
     _case("bias by key", _dense(5, 7, bias=(2, 1, 1, 7)), more_grad=("bias",)),
+    _case(
+        "float32 bias by query, sinks",
+        _fine(_dense(33, 70, heads=4, kv_heads=2, causal=True, bias=(4, 33, 1), sinks=True)),
+        more_grad=("sinks", "bias"),
+    ),
     _case("bias, alibi", _dense(5, 7, bias=(5, 7), alibi=(2,)), more_grad=("bias",)),
     _case(
         "bias of -inf",
@@ -319,6 +337,11 @@ _RAGGED = [
     _ragged_case("bias of one number", _ragged((6, 4), bias=())),
     _ragged_case(
         "bias of one number, batch invariant", _ragged((6, 4), bias=(), batch_invariant=True)
+    ),
+    _ragged_case(
+        "float32 bias by query, sinks",
+        _fine(_ragged((16, 4), bias=(2, 20, 1), sinks=True)),
+        more_grad=("sinks", "bias"),
     ),
     _ragged_case("bias by head", _ragged((6, 4), bias=(2, 1, 6)), more_grad=("bias",)),
     _ragged_case("mask", _ragged((6, 4), (5, 9), mask=(1, 10, 9), return_lse=True), poison=True),

@@ -109,8 +109,9 @@ def check_flash_attention_varlen(
         batch_invariant=batch_invariant,
     )
     if bias is not None:
+        checks.is_tensor("bias", bias)
         columns = max_seqlen_k
-        if columns is None and isinstance(bias, torch.Tensor) and bias.dim() > 0:
+        if columns is None and bias.dim() > 0:
             columns = bias.shape[-1]
         shape = (q.shape[1], q.shape[0], columns or 0)
         check_bias(bias, q, shape, "(heads, tokens_q, max_seqlen_k)")

@@ -20,7 +20,19 @@ from tilewise.paged import append_kv, paged_attention
 
 _Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+_NAMES = {"scale": "softmax_scale", "window": "window_size", "return_lse": "return_attn_probs"}
+_NAMES_OF_PAGES = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "cu_seqlens_k"}
+_NAMES_WITH_CACHE = {
+    "scale": "softmax_scale",
+    "window": "window_size",
+    "return_lse": "return_softmax_lse",
+    "rotary.cos": "rotary_cos",
+    "rotary.sin": "rotary_sin",
+    "rotary.interleaved": "rotary_interleaved",
+}
 
+
+@checks.renamed(_NAMES)
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -67,6 +79,7 @@ def flash_attn_func(
     return _with_probs(result)
 
 
+@checks.renamed(_NAMES | _NAMES_OF_PAGES)
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -125,6 +138,7 @@ def flash_attn_varlen_func(
     return _with_probs(result)
 
 
+@checks.renamed(_NAMES_WITH_CACHE)
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -161,7 +175,8 @@ def flash_attn_with_kvcache(
             all by the position `cache_seqlens`.
         cache_seqlens: (batch,) int32, or one int for all: tokens in the cache before the call.
             None means that the cache is full.
-        cache_batch_idx: (batch,) int32, the cache row of each batch row; without `block_table`.
+        cache_batch_idx: (batch,) int32 or int64, the cache row of each batch row; without
+            `block_table`.
         cache_leftpad: must be None.
         block_table: (batch, max_pages) int32.
         rotary_interleaved: see `tilewise.RotaryTables`.
@@ -244,13 +259,15 @@ def _block_table(
     if block_table is None:
         if cache_batch_idx is None:
             cache_batch_idx = torch.arange(batch, device=device)
-        checks.is_tensor("cache_batch_idx", cache_batch_idx)
+        checks.has_dtype("cache_batch_idx", cache_batch_idx, (torch.int32, torch.int64))
         checks.has_shape("cache_batch_idx", cache_batch_idx, (batch,), "q's batch")
         return cache_batch_idx.to(torch.int32).unsqueeze(-1)
     if cache_batch_idx is not None:
         raise ValueError("cache_batch_idx: must be None with a block_table")
     checks.has_dtype("block_table", block_table, (torch.int32,))
     checks.has_dims("block_table", block_table, "batch max_pages")
+    if len(block_table) != batch:
+        raise ValueError(f"block_table: batch must be q's, {batch}, got {len(block_table)}")
     return block_table
 
 
@@ -261,11 +278,18 @@ def _cache_seqlens(
     *,
     is_appending: bool,
 ) -> torch.Tensor:
+    capacity = block_table.shape[1] * k_cache.shape[1]
     if cache_seqlens is None:
         if is_appending:
             raise ValueError("cache_seqlens: must be given with k and v, got None")
-        cache_seqlens = block_table.shape[1] * k_cache.shape[1]
+        cache_seqlens = capacity
     if isinstance(cache_seqlens, int):
+        checks.is_integer("cache_seqlens", cache_seqlens)
+        if not 0 <= cache_seqlens <= capacity:
+            raise ValueError(
+                f"cache_seqlens: must be from 0 to {capacity}, the cache's capacity, "
+                f"got {cache_seqlens}"
+            )
         return block_table.new_full((len(block_table),), cache_seqlens)
     checks.has_dtype("cache_seqlens", cache_seqlens, (torch.int32,))
     checks.has_shape("cache_seqlens", cache_seqlens, (len(block_table),), "q's batch")
@@ -279,6 +303,8 @@ def _rotary_tables(
         if cos is not None or sin is not None:
             raise ValueError("rotary_cos, rotary_sin: must be given together, got one of them")
         return None
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        checks.has_dtype(name, table, checks.FLOATS)
     return RotaryTables(cos.float(), sin.float(), interleaved)
 
 

@@ -40,8 +40,11 @@ def attend_plainly(
     if operators is None or not are_plain_numbers(numbers):
         return None
     causal, scale, window, softcap, return_lse, _ = numbers
-    out, lse = operators.plain_attention(
-        q, k, v, *(places or (None, None)), causal, scale, *window, softcap, return_lse
+    out, lse = cpu.plainly(
+        operators.plain_attention,
+        *(q, k, v, *(places or (None, None))),
+        *(causal, scale, *window, softcap, return_lse),
+        otherwise=(None, None),
     )
     return (out, lse) if return_lse and out is not None else out
 

@@ -2,8 +2,9 @@
 
 Forward operators always return the log-sum-exp, because the backward ones start from it. A tensor
 that does not exist (the gradient of a missing bias) is an empty one: operators have a fixed number
-of results. Options are plain numbers here: the scale is known, and a causal call stays `causal`,
-so that a kernel can choose its fast path.
+of results. A backward operator takes `out` in q's dtype or in float32. Options are plain numbers
+here: the scale is known, and a causal call stays `causal`, so that a kernel can choose its fast
+path.
 """
 
 from __future__ import annotations

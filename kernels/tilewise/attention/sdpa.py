@@ -9,7 +9,10 @@ import torch
 from tilewise import checks
 from tilewise.attention import flash_attention
 
+_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_mask"}
 
+
+@checks.renamed(_NAMES)
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,6 +45,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p != 0:
         raise ValueError(f"dropout_p: must be 0, dropout is not supported, got {dropout_p}")
+    checks.is_bool("is_causal", is_causal)
+    checks.is_bool("enable_gqa", enable_gqa)
     for name, x in (("query", query), ("key", key), ("value", value)):
         checks.is_tensor(name, x)
         checks.has_dims(name, x, "batch heads seqlen head_dim")

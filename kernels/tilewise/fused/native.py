@@ -55,7 +55,9 @@ def rms_norm_plainly(
     operators = cpu.plain_operators("rms_norm", backend, x, *others)
     if operators is None or type(eps) is not float or not eps >= 0:
         return None
-    out, total = operators.plain_rms_norm(x, weight, eps, residual)
+    out, total = cpu.plainly(
+        operators.plain_rms_norm, x, weight, eps, residual, otherwise=(None, None)
+    )
     return out if total is None else (out, total)
 
 

@@ -23,6 +23,7 @@ def check_tables(
         checks.has_dtype(f"{name}.{part}", table, (torch.float32, torch.float64))
         checks.has_dims(f"{name}.{part}", table, "max_positions rotary_dim/2")
         checks.on_device_of(f"{name}.{part}", table, x_name, x)
+    checks.is_bool(f"{name}.interleaved", tables.interleaved)
     checks.has_shape(f"{name}.sin", tables.sin, tuple(tables.cos.shape), "that of cos")
     if tables.cos.shape[0] == 0:
         raise ValueError(f"{name}.cos: must have at least one position, got none")

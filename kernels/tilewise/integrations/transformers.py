@@ -15,7 +15,18 @@ from typing import Any
 
 import torch
 
+from tilewise import checks
 from tilewise.attention import flash_attention
+
+_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "bias": "attention_mask",
+    "scale": "scaling",
+    "causal": "is_causal",
+    "sinks": "s_aux",
+}
 
 
 def register(name: str = "tilewise") -> None:
@@ -35,6 +46,7 @@ def register(name: str = "tilewise") -> None:
     AttentionMaskInterface.register(name, sdpa_mask)  # boolean, True where a key is seen
 
 
+@checks.renamed(_NAMES)
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -66,12 +78,16 @@ def attention(
         The output, (batch, seq, heads, head_dim), and no attention weights.
 
     Raises:
-        ValueError: for dropout.
+        ValueError, TypeError: as `tilewise.flash_attention`, and for dropout.
     """
     if dropout:
         raise ValueError(f"dropout: must be 0, got {dropout}; train with attention_dropout=0")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        checks.is_tensor(name, x)
+        checks.has_dims(name, x, "batch heads seq head_dim")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    checks.is_bool("is_causal", is_causal)
     out = flash_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -55,6 +55,7 @@ def _check(
         if not isinstance(weight, (torch.Tensor, QuantizedTensor)):
             wanted = "a torch.Tensor or a QuantizedTensor"
             raise TypeError(f"{name}: must be {wanted}, got {type(weight).__name__}")
+        checks.is_tensor(name, weight.data)
         if len(weight.shape) != 3:
             raise ValueError(f"{name}: must have 3 dimensions, got shape {tuple(weight.shape)}")
     hidden = w_down.shape[2]

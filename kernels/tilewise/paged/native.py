@@ -117,7 +117,7 @@ def _paged_attention_kernel(
 def append_kv_plainly(backend: str, *tensors: torch.Tensor) -> bool:
     """Whether this was a plain call of `append_kv`; it is done then."""
     operators = cpu.plain_operators("append_kv", backend, *tensors)
-    return operators is not None and operators.plain_append_kv(*tensors)
+    return operators is not None and bool(cpu.plainly(operators.plain_append_kv, *tensors))
 
 
 @APPEND_KV.kernel("cpu")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tilewise import checks
 from tilewise.huge_pages import in_huge_pages
 from tilewise.quant import blocks
 from tilewise.quant.packing import E2M1, NF4, look_up, trim, unpack_nibbles
@@ -221,6 +222,7 @@ class QuantizedTensor:
 
     Raises:
         ValueError: if the parts do not fit together.
+        TypeError: for a part that is no tensor.
     """
 
     format: str
@@ -419,6 +421,7 @@ def _check_part(
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int, ...],
 ) -> None:
+    checks.is_tensor(name, part)
     if part.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         got = str(part.dtype).removeprefix("torch.")

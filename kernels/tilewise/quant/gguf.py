@@ -29,6 +29,8 @@ _DENSE = {
 }
 
 
+# What is made in inference mode does not count writes to it (see `quant.native.as_panels`).
+@torch.inference_mode(False)
 def from_gguf(
     data: bytes | bytearray | memoryview | np.ndarray, ggml_type: Any, shape: tuple[int, ...]
 ) -> QuantizedTensor | torch.Tensor:

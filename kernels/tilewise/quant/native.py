@@ -1,8 +1,9 @@
 """The C++ kernels of the product with a quantized weight.
 
 They read weights in panels (`tilewise.quant.panels`). A weight in rows is turned on its first use,
-and the result is remembered for as long as its `data` lives; a weight that was turned before, as
-`QuantLinear` does with its own, is held only once.
+and the result is remembered for as long as its `data` lives and nobody writes to it; one of tensors
+that were made in inference mode, which do not count writes, on every use. A weight that was turned
+before, as `QuantLinear` does with its own, is held only once.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ def quantized_matmul_plainly(
     if finish is None or rounding is None or (act == "fp8" and weight.format != "fp8"):
         return None
     group = naive.activation_group(weight)
-    out: torch.Tensor | None = operators.plain_quantized_matmul(
-        x, *describe(weight), bias, finish, residual, rounding, group
-    )
+    options = (bias, finish, residual, rounding, group)
+    multiply = operators.plain_quantized_matmul
+    out: torch.Tensor | None = cpu.plainly(multiply, x, *describe(weight), *options)
     return out
 
 
@@ -220,7 +221,10 @@ def as_panels(weight: QuantizedTensor) -> QuantizedTensor:
     if weight.is_panels:
         return weight
     others = (weight.scales, weight.zeros)
-    versions = [_version(part) for part in (weight.data, *others)]
+    parts = (weight.data, *others)
+    if any(part is not None and part.is_inference() for part in parts):
+        return weight.to_panels()  # nothing would say that they have changed
+    versions = [None if part is None else part._version for part in parts]
     made_from = (weight.format, tuple(weight.shape), weight.group_size, versions)
     entry = _PANELS.get(weight.data)
     if (
@@ -232,8 +236,3 @@ def as_panels(weight: QuantizedTensor) -> QuantizedTensor:
         _PANELS[weight.data] = entry
     panels: QuantizedTensor = entry[2]
     return panels
-
-
-def _version(part: torch.Tensor | None) -> int | None:
-    """A number that grows with every change in place; inference tensors have none."""
-    return None if part is None or part.is_inference() else part._version

@@ -32,6 +32,8 @@ _FP8_MAX = 448.0
 _CHUNK = 2**17  # weights at a time: a search makes many passes, and they stay in the cache
 
 
+# What is made in inference mode does not count writes to it (see `quant.native.as_panels`).
+@torch.inference_mode(False)
 def quantize(
     weight: torch.Tensor,
     scheme: str = "int4",
