@@ -10,7 +10,7 @@ from torch import nn
 
 from tilewise import checks
 from tilewise.quant.formats import QuantizedTensor
-from tilewise.quant.matmul import quantized_matmul, wants_panels
+from tilewise.quant.matmul import laid_out_for, quantized_matmul
 from tilewise.quant.quantizer import quantize
 
 _PARTS = ("data", "scales", "zeros")
@@ -96,13 +96,17 @@ class QuantLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if bias is None else bias.to(x.dtype)
             residual, added = None, residual  # may be in another dtype, and keeps it
-        weight = self.weight
-        if wants_panels(x, weight):
-            weight = self._hold(weight.to_panels())
+        weight = self.weight_for(x)
         y = quantized_matmul(
             x, weight, bias, activation=activation, residual=residual, act=self.act
         )
         return y if added is None else y + added
+
+    def weight_for(self, x: torch.Tensor) -> QuantizedTensor:
+        """The weight, from now on as the backend that would multiply x by it reads it."""
+        weight = self.weight
+        laid_out = laid_out_for(x, weight)
+        return weight if laid_out is weight else self._hold(laid_out)
 
     def _hold(self, weight: QuantizedTensor) -> QuantizedTensor:
         for name in _PARTS:
