@@ -164,6 +164,11 @@ def test_autocast_does_what_it_does_to_a_linear_layer(bias, fullgraph):
         assert torch.equal(added, y + residual)
 
 
+def test_shapes_without_values():
+    layer = quantize_(nn.Linear(64, 8), "int4").to("meta")
+    assert layer(torch.empty(3, 64, device="meta")).shape == (3, 8)
+
+
 def test_int8_activations_are_those_of_the_function():
     weight = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), "int4")
     bias = torch.ones(8)

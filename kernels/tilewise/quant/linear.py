@@ -92,8 +92,9 @@ class QuantLinear(nn.Module):
     ) -> torch.Tensor:
         """`quantized_matmul` with what can be fused to it."""
         bias, added = self.bias, None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type  # autocast knows no "meta"
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
             bias = None if bias is None else bias.to(x.dtype)
             residual, added = None, residual  # may be in another dtype, and keeps it
         weight = self.weight_for(x)
