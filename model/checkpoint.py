@@ -18,7 +18,7 @@ from tilewise.model.gpt import GPT
 from tilewise.model.layers import Weight, put
 from tilewise.model.tokenizer import Tokenizer
 from tilewise.quant import from_gguf
-from tilewise.quant.matmul import wants_panels
+from tilewise.quant.matmul import laid_out_for
 
 __all__ = ["Checkpoint", "Stored", "build"]
 
@@ -161,5 +161,4 @@ def _weight(block: Stored, dtype: torch.dtype, device: torch.device | str, where
         return weight.to(device, dtype)
     weight = weight.to(device)
     # The first call would do it, but then with all rows in memory, which would stay in pieces.
-    x = torch.empty(1, block.columns, dtype=dtype, device=device)
-    return weight.to_panels() if wants_panels(x, weight) else weight
+    return laid_out_for(torch.empty(1, block.columns, dtype=dtype, device=device), weight)

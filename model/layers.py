@@ -12,7 +12,7 @@ from tilewise.fused import layer_norm, rms_norm
 from tilewise.model.config import GPTConfig
 from tilewise.moe import moe
 from tilewise.quant import QuantizedTensor, QuantLinear, quantized_embedding
-from tilewise.quant.matmul import check_act, wants_panels
+from tilewise.quant.matmul import check_act, laid_out_for
 
 __all__ = [
     "Experts",
@@ -72,10 +72,8 @@ class QuantEmbedding(QuantLinear):
 
     def forward(self, token_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """token_ids (...) -> rows (..., dim)."""
-        weight = self.weight
-        if wants_panels(self.data.new_empty(1, self.in_features, dtype=dtype), weight):
-            self._hold(weight.to_panels())  # or the first lookup would make panels of its own
-        return quantized_embedding(token_ids, self.weight, dtype)
+        x = self.data.new_empty(1, self.in_features, dtype=dtype)
+        return quantized_embedding(token_ids, self.weight_for(x), dtype)
 
 
 class TiedHead(nn.Module):
@@ -135,8 +133,8 @@ class Experts(nn.Module):
         tokens = x.flatten(0, -2)
         for name in ("gate_up", "down"):  # as `QuantLinear` does with its weight
             weight = getattr(self, name)
-            if isinstance(weight, QuantizedTensor) and wants_panels(tokens, weight):
-                setattr(self, name, weight.to_panels())
+            if isinstance(weight, QuantizedTensor):
+                setattr(self, name, laid_out_for(tokens, weight))
         y = moe(tokens, self.router(tokens), self.gate_up, self.down, top_k=self.top_k)
         return y.view(x.shape)
 

@@ -71,11 +71,13 @@ def _raises(call, change, error, message):
         ({"k": torch.zeros(2, 5, 2, 7)}, "k: head_dim must be q's, 8, got 7"),
         (
             {"k": torch.zeros(2, 5, 3, 8)},
-            "q: heads must be a multiple of k's kv_heads, 3, got 4",
+            "q: heads must be a multiple of k's kv_heads, 3, got 4; "
+            "k is (batch, seqlen_k, kv_heads, head_dim)",
         ),
         (
             {"k": torch.zeros(2, 5, 0, 8)},
-            "q: heads must be a multiple of k's kv_heads, 0, got 4",
+            "q: heads must be a multiple of k's kv_heads, 0, got 4; "
+            "k is (batch, seqlen_k, kv_heads, head_dim)",
         ),
         ({"v": torch.zeros(1, 5, 2, 6)}, "v: batch must be q's, 2, got 1"),
         ({"v": torch.zeros(2, 4, 2, 6)}, "v: seqlen_k must be k's, 5, got 4"),

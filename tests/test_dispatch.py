@@ -187,6 +187,9 @@ def test_explain_says_what_was_asked_and_why_not():
         tilewise.explain("rms_norm", x, torch.ones(3))
     with pytest.raises(ValueError, match=r"op: must be one of .*, got 'matmul'"):
         tilewise.explain("matmul", x)
+    with pytest.raises(TypeError, match="rms_norm: missing a required argument: 'weight'"):
+        tilewise.explain("rms_norm", x)
+    assert tilewise.explain("rms_norm", x, weight, validate=True).chosen
 
 
 def test_the_roofline_is_the_slower_of_memory_and_compute():

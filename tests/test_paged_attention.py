@@ -261,7 +261,11 @@ SCALE = torch.ones(5, 3, 2)
         ({"q": torch.ones(2, 8)}, "q: shape must be (batch, heads, head_dim), got (2, 8)"),
         ({"q": torch.ones(2, 4, 16)[..., ::2]}, "q: the last dimension must have stride 1, got 2"),
         ({"q": torch.ones(2, 4, 9)}, "q: head_dim must be k_cache's, 8, got 9"),
-        ({"q": torch.ones(2, 3, 8)}, "q: heads must be a multiple of k_cache's kv_heads, 2, got 3"),
+        (
+            {"q": torch.ones(2, 3, 8)},
+            "q: heads must be a multiple of k_cache's kv_heads, 2, got 3; "
+            "k_cache is (pages, page_size, kv_heads, head_dim)",
+        ),
         (
             {"k_cache": torch.ones(5, 3, 2, 8, dtype=torch.int16)},
             "k_cache: dtype must be float32 or float16 or bfloat16 or float64 or int8 or "

@@ -192,3 +192,17 @@ def test_names_the_bad_size(change, message):
     sizes = {"num_layers": 1, "num_pages": 2, "page_size": 3, "kv_heads": 2, "head_dim": 4}
     with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
         PagedKVCache(**sizes | change)
+
+
+def test_says_what_it_is():
+    cache = PagedKVCache(2, 3, 4, kv_heads=2, head_dim=8, v_head_dim=6, dtype="int4")
+    assert repr(cache) == (
+        "PagedKVCache(num_layers=2, num_pages=3, page_size=4, kv_heads=2, head_dim=8, "
+        f"v_head_dim=6, dtype=uint8, device='cpu', nbytes={cache.nbytes})"
+    )
+
+
+def test_names_the_layer_that_is_not_there():
+    cache = PagedKVCache(2, 3, 4, kv_heads=2, head_dim=8)
+    with pytest.raises(IndexError, match="index: must be from 0 to 1, the last layer, got 2"):
+        cache.layer(2)

@@ -76,7 +76,7 @@ def test_a_shared_prefix_changes_no_bit(
     q, slopes = inputs.randn(requests, 8, DIM), inputs.rand(8, dtype=torch.float32)
     options = arguments | {"alibi_slopes": slopes, "window": (900, -1)}
     together = _attend(q, block_table=table, cache_seqlens=seqlens, **options)
-    for i in range(0, requests, max(1, requests // 5)):
+    for i in range(requests):
         one = slice(i, i + 1)
         alone = _attend(q[one], block_table=table[one], cache_seqlens=seqlens[one], **options)
         assert torch.equal(alone, together[one]), i
@@ -84,10 +84,11 @@ def test_a_shared_prefix_changes_no_bit(
         name: x.double() if isinstance(x, torch.Tensor) and x.dtype in (dtype, torch.float32) else x
         for name, x in options.items()
     }
-    places = {"block_table": table, "cache_seqlens": seqlens}
-    expected = naive.paged_attention(q, **places, **options)
-    truth = naive.paged_attention(q.double(), **places, **truth_options)
-    testing.assert_agrees(together[..., :-1].to(dtype), expected, truth)
+    some = slice(None, None, max(1, requests // 5))  # the naive operation takes its time
+    places = {"block_table": table[some], "cache_seqlens": seqlens[some]}
+    expected = naive.paged_attention(q[some], **places, **options)
+    truth = naive.paged_attention(q[some].double(), **places, **truth_options)
+    testing.assert_agrees(together[some, ..., :-1].to(dtype), expected, truth)
 
 
 @both_arithmetics

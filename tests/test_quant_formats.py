@@ -279,3 +279,15 @@ def test_compiled_code_keeps_to_the_weights_of_an_unfinished_group():
     torch.compiler.reset()
     compiled = torch.compile(lambda q: q.dequantize() * 2, fullgraph=True)
     assert torch.equal(compiled(q), q.dequantize() * 2)
+
+
+def test_shows_what_it_is_and_not_what_it_holds():
+    assert repr(some("int4", 3, 64, group_size=32)) == (
+        "QuantizedTensor(format='int4', shape=(3, 64), group_size=32, bits_per_weight=4.75, "
+        "device='cpu')"
+    )
+
+
+def test_moves_and_is_not_cast():
+    with pytest.raises(TypeError, match=r"device: must be a device, got torch\.float16"):
+        some("int4", 3, 64).to(torch.float16)

@@ -89,10 +89,11 @@ def test_state_dict_round_trip_through_safetensors(scheme, options, tmp_path):
 
 def test_loading_another_format_is_refused():
     int4, nf4 = (
-        quantize_(nn.Linear(64, 8), s, symmetric=True, group_size=64) for s in ("int4", "nf4")
+        quantize_(nn.Sequential(nn.ReLU(), nn.Linear(64, 8)), s, symmetric=True, group_size=64)
+        for s in ("int4", "nf4")
     )
     message = (
-        'weight: the layer holds {"format": "int4", "shape": [8, 64], "group_size": 64}, '
+        '1.weight: the layer holds {"format": "int4", "shape": [8, 64], "group_size": 64}, '
         'the state dict {"format": "nf4", "shape": [8, 64], "group_size": 64}'
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -142,6 +143,30 @@ def test_compiles_without_a_break(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.ones(2, 64)
     assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_autocast_does_what_it_does_to_a_linear_layer(bias, fullgraph):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 8, bias=bias)
+    layer = quantize_(copy.deepcopy(linear), "int4")
+    bfloat16_bias = linear.bias.bfloat16() if bias else None
+    torch.compiler.reset()
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if fullgraph else layer
+    for x in (torch.randn(3, 64), torch.randn(3, 64).bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+            assert y.dtype == linear(x).dtype
+            assert torch.equal(y, quantized_matmul(x.bfloat16(), layer.weight, bfloat16_bias))
+            residual = torch.randn(3, 8)
+            added = layer.project(x, residual=residual)
+        assert torch.equal(added, y + residual)
+
+
+def test_shapes_without_values():
+    layer = quantize_(nn.Linear(64, 8), "int4").to("meta")
+    assert layer(torch.empty(3, 64, device="meta")).shape == (3, 8)
 
 
 def test_int8_activations_are_those_of_the_function():

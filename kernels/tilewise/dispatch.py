@@ -349,7 +349,12 @@ def explain(
     from tilewise import machine, native
 
     found = find_op(op)
+    try:
+        inspect.signature(found.check).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{found.name}: {error}") from None
     found.check(*args, **kwargs)
+    kwargs.pop("validate", None)
     requested = backend if backend != "auto" else requested_backend(found.name)
     reasons = found.reasons(args, kwargs, auto=requested == "auto")
     chosen: str | None

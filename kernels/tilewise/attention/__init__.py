@@ -110,6 +110,9 @@ def flash_attention(
     Nothing that is masked matters: it may be NaN without changing an output or a gradient. A
     query that is not finite, or sees a key or a value that is not, gives NaN.
 
+    Heads come after tokens, as in FlashAttention; `tilewise.scaled_dot_product_attention` takes
+    PyTorch's (batch, heads, seqlen, head_dim).
+
     Args:
         q: (batch, seqlen_q, heads, head_dim), floating point, head_dim <= 576.
         k: (batch, seqlen_k, kv_heads, head_dim), q's dtype; each key head serves heads / kv_heads

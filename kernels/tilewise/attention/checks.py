@@ -178,7 +178,11 @@ def check_heads(
         raise ValueError(f"k: head_dim must be q's, {q_shape[-1]}, got {k_shape[-1]}")
     heads, kv_heads = q_shape[-2], k_shape[-2]
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
-        raise ValueError(f"q: heads must be a multiple of k's kv_heads, {kv_heads}, got {heads}")
+        layout = kv_dims.replace(" ", ", ")
+        raise ValueError(
+            f"q: heads must be a multiple of k's kv_heads, {kv_heads}, got {heads}; "
+            f"k is ({layout}, head_dim)"
+        )
     for i in (-3, -2):
         if v_shape[i] != k_shape[i]:
             dim = kv_dims.split()[i + 1]

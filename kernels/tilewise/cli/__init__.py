@@ -13,7 +13,7 @@ import os
 import sys
 from typing import NoReturn
 
-from tilewise import dispatch, native
+from tilewise import __version__, dispatch, native
 from tilewise.cli import bench, build, chat, info, verify
 from tilewise.cli.console import UserError
 
@@ -48,6 +48,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace | None:
         "-t", "--threads", type=_threads, metavar="N", help="CPU threads (default: torch's choice)"
     )
     parser = _Parser(prog="tilewise", description="Kernels for transformer language models.")
+    parser.add_argument("--version", action="version", version=f"tilewise {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for module in (info, verify, bench, chat, build):
         module.add(commands, common)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tilewise.cli import quality
 from tilewise.cli.console import (
+    MODEL_HELP,
     Commands,
     UserError,
     add_backend,
@@ -36,15 +37,29 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         "bench", parents=[common], help="time operations and a model", description=text
     )
     parser.allow_abbrev = False
-    parser.add_argument("--op", choices=tuple(OPS), metavar="OP", help="time this operation")
+    parser.add_argument("--op", choices=tuple(OPS), metavar="OP", help="time this operation only")
     add_backend(parser, None, "only this backend (the model: default auto)")
     add_device(parser)
-    parser.add_argument("-m", "--model", metavar="X", help="smollm2 (default), or a path")
-    parser.add_argument("-p", "--prompt", type=count, default=512, metavar="N", help="pp tokens")
-    parser.add_argument("-n", "--generate", type=count, default=128, metavar="N", help="tg tokens")
-    parser.add_argument("-r", "--repetitions", type=count, default=5, metavar="N", help="of each")
+    parser.add_argument("-m", "--model", metavar="X", help=f"{MODEL_HELP}; default: smollm2")
+    for short, name, default, purpose in (
+        ("-p", "--prompt", 512, "tokens of the model's prompt, the row pp; 0 leaves it out"),
+        ("-n", "--generate", 128, "tokens that the model writes, the row tg; 0 leaves it out"),
+        ("-r", "--repetitions", 5, "how often the model's rows are measured"),
+    ):
+        parser.add_argument(
+            short,
+            name,
+            type=count,
+            default=default,
+            metavar="N",
+            help=f"{purpose} (default: %(default)s)",
+        )
     parser.add_argument(
-        "--seconds", type=float, default=1.0, metavar="S", help="to time each workload (default 1)"
+        "--seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="to time each workload of an operation (default: 1)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw the roofline of the operations")

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tilewise.cli.console import (
+    MODEL_HELP,
     Commands,
     UserError,
     add_backend,
@@ -38,16 +39,30 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     chat.set_defaults(run=run_chat)
     for parser in (generate, chat):
         parser.allow_abbrev = False
-        parser.add_argument("-m", "--model", default="smollm2", metavar="X", help="or a path")
         parser.add_argument(
-            "-n", "--tokens", type=count, default=256, metavar="N", help="at most (default 256)"
+            "-m",
+            "--model",
+            default="smollm2",
+            metavar="X",
+            help=f"{MODEL_HELP} (default: %(default)s)",
         )
-        parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0")
-        parser.add_argument("--top-k", type=count, default=0, metavar="N")
-        parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-        parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-        parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-        parser.add_argument("--seed", type=count, default=0, metavar="N")
+        for option, kind, default, metavar, purpose in (
+            ("--tokens", count, 256, "N", "write at most so many"),
+            ("--temperature", float, 0.0, "T", "0 always takes the likeliest token"),
+            ("--top-k", count, 0, "N", "choose among the N likeliest; 0: all"),
+            ("--top-p", float, 1.0, "P", "choose among the likeliest that together have P"),
+            ("--min-p", float, 0.0, "P", "choose among those with at least P x the likeliest's"),
+            ("--repetition-penalty", float, 1.0, "X", "above 1 avoids tokens that came before"),
+            ("--seed", count, 0, "N", "of the choice"),
+        ):
+            parser.add_argument(
+                *(("-n",) if option == "--tokens" else ()),
+                option,
+                type=kind,
+                default=default,
+                metavar=metavar,
+                help=f"{purpose} (default: %(default)s)",
+            )
         add_backend(parser, "auto", "for every operation")
         add_device(parser)
 

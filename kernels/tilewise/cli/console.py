@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Commands = argparse._SubParsersAction
 """What `add_subparsers` returns; argparse gives its type no public name."""
 
+MODEL_HELP = "smollm2, a .gguf file, or a folder with safetensors"
+"""What `--model` takes, for its help."""
+
 _PIPE_WIDTH = 160
 
 

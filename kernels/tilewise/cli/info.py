@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from tilewise.cli.console import Commands, load_model, make_console
+from tilewise.cli.console import MODEL_HELP, Commands, load_model, make_console
 from tilewise.dispatch import BACKENDS, OPS
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "-m", "--model", metavar="X", help="show the parameters, FLOPs and KV bytes of this model"
+        "-m",
+        "--model",
+        metavar="X",
+        help=f"show the parameters, FLOPs and KV bytes of this model instead: {MODEL_HELP}, or a "
+        "preset such as gpt3-175b, which has no weights",
     )
     parser.set_defaults(run=run)
 
@@ -152,10 +156,23 @@ def _print_operations(
         if len(missing) == len(table):
             console.print(f"[dim]{name}: no operation has an implementation in this version[/]")
             continue
-        for op, backends in table.items():
-            for reason in backends[name]["reasons"]:
-                line = f"{name}, {op}: {reason}"
-                console.print(line, style="dim", markup=False, soft_wrap=True)
+        for reason, ops in _ops_by_reason(table, name).items():
+            which = "every operation" if len(ops) == len(table) else ", ".join(ops)
+            line = f"{name}, {which}: {reason}"
+            console.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _ops_by_reason(
+    table: dict[str, dict[str, dict[str, Any]]], backend: str
+) -> dict[str, list[str]]:
+    """Why a backend does not take all calls, and the operations of which that is true."""
+    found: dict[str, list[str]] = {}
+    for op, backends in table.items():
+        for reason in backends[backend]["reasons"]:
+            if _has_no_implementation(op, backend):
+                reason = "no implementation"
+            found.setdefault(reason, []).append(op)
+    return found
 
 
 def _has_no_implementation(op: str, backend: str) -> bool:

@@ -112,6 +112,9 @@ class PageAllocator:
             OutOfPages: if they do not all fit; nothing is changed then.
             ValueError: for an unknown or repeated sequence, or a negative count.
         """
+        for name, numbers in (("seqs", seqs), ("counts", counts)):
+            if isinstance(numbers, int):
+                raise TypeError(f"{name}: must be a sequence of ints, got {numbers}")
         if len(seqs) != len(counts):
             raise ValueError(f"counts: must be as many as seqs, {len(seqs)}, got {len(counts)}")
         if len(set(seqs)) != len(seqs):

@@ -99,7 +99,18 @@ class PagedKVCache:
             )
             for i in range(num_layers)
         ]
+        self._head_dims = (head_dim, v_head_dim)
         self.device = k.device
+
+    def __repr__(self) -> str:
+        k, v = self._layers[0][:2]
+        _, page_size, kv_heads, _ = k.shape
+        return (
+            f"PagedKVCache(num_layers={len(self._layers)}, num_pages={len(k)}, "
+            f"page_size={page_size}, kv_heads={kv_heads}, head_dim={self._head_dims[0]}, "
+            f"v_head_dim={self._head_dims[1]}, dtype={str(v.dtype).removeprefix('torch.')}, "
+            f"device={str(self.device)!r}, nbytes={self.nbytes})"
+        )
 
     def add_sequence(self) -> int:
         """A new empty sequence."""
@@ -147,7 +158,12 @@ class PagedKVCache:
 
     def layer(self, index: int) -> LayerCache:
         """The tensors of one layer."""
-        return self._layers[index]
+        try:
+            return self._layers[index]
+        except IndexError:
+            raise IndexError(
+                f"index: must be from 0 to {len(self._layers) - 1}, the last layer, got {index}"
+            ) from None
 
     @property
     def nbytes(self) -> int:

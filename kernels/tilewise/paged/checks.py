@@ -55,7 +55,8 @@ def check_paged_attention(
     kv_heads = k_cache.shape[2]
     if heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"q: heads must be a multiple of k_cache's kv_heads, {kv_heads}, got {heads}"
+            f"q: heads must be a multiple of k_cache's kv_heads, {kv_heads}, got {heads}; "
+            "k_cache is (pages, page_size, kv_heads, head_dim)"
         )
 
     checks.has_dtype("cache_seqlens", cache_seqlens, (torch.int32,))

@@ -203,7 +203,7 @@ def find_format(name: str, argument: str = "format") -> Format:
     return FORMATS[name]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """A weight matrix, or a stack of them, in a quantized format.
 
@@ -264,6 +264,13 @@ class QuantizedTensor:
             if form.code_range is None:
                 raise ValueError(f"zeros: {form.name} has no zero points")
             _check_part("zeros", self.zeros, form, (form.data_dtype,), grouped)
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor(format={self.format!r}, shape={tuple(self.shape)}, "
+            f"group_size={self.group_size}, bits_per_weight={self.bits_per_weight:.3g}, "
+            f"device={str(self.device)!r})"
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights, (..., N, K): computed in float32, then rounded to `dtype`."""
@@ -360,6 +367,8 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """The same weight on another device; away from the CPU it lies in rows."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: must be a device, got {device}; dequantize() takes a dtype")
         if torch.device(device).type != "cpu" and self.is_panels:
             return self.to_rows().to(device)
         parts = {name: part.to(device) for name, part in self._parts().items()}

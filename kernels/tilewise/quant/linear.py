@@ -10,7 +10,7 @@ from torch import nn
 
 from tilewise import checks
 from tilewise.quant.formats import QuantizedTensor
-from tilewise.quant.matmul import quantized_matmul, wants_panels
+from tilewise.quant.matmul import laid_out_for, quantized_matmul
 from tilewise.quant.quantizer import quantize
 
 _PARTS = ("data", "scales", "zeros")
@@ -33,7 +33,8 @@ class QuantLinear(nn.Module):
             of how to compute, not a part of what is stored: it may be assigned at any time and no
             state dict has it.
 
-    Shape: (..., K) to (..., N). The input's dtype must be the bias's.
+    Shape: (..., K) to (..., N). The input's dtype must be the bias's, but for autocast, which does
+    here what it does to `nn.Linear`: input and bias are cast, the output is in autocast's dtype.
     """
 
     bias: torch.Tensor | None
@@ -90,12 +91,23 @@ class QuantLinear(nn.Module):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`quantized_matmul` with what can be fused to it."""
-        weight = self.weight
-        if wants_panels(x, weight):
-            weight = self._hold(weight.to_panels())
-        return quantized_matmul(
-            x, weight, self.bias, activation=activation, residual=residual, act=self.act
+        bias, added = self.bias, None
+        device = x.device.type  # autocast knows no "meta"
+        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+            bias = None if bias is None else bias.to(x.dtype)
+            residual, added = None, residual  # may be in another dtype, and keeps it
+        weight = self.weight_for(x)
+        y = quantized_matmul(
+            x, weight, bias, activation=activation, residual=residual, act=self.act
         )
+        return y if added is None else y + added
+
+    def weight_for(self, x: torch.Tensor) -> QuantizedTensor:
+        """The weight, from now on as the backend that would multiply x by it reads it."""
+        weight = self.weight
+        laid_out = laid_out_for(x, weight)
+        return weight if laid_out is weight else self._hold(laid_out)
 
     def _hold(self, weight: QuantizedTensor) -> QuantizedTensor:
         for name in _PARTS:
@@ -144,9 +156,12 @@ class QuantLinear(nn.Module):
             if getattr(rows, name) is not None:
                 destination[prefix + name] = getattr(rows, name)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._hold(self.weight.to_rows())
-        super()._load_from_state_dict(*args)
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        except ValueError as error:  # of `set_extra_state`, which does not know where it is
+            raise ValueError(f"{prefix}{error}") from None
         self._weight = None
 
 
@@ -159,8 +174,12 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of a model by quantized ones, in place.
 
-    A weight that several layers share is quantized once and stays shared. What shares a weight
-    with a linear layer but is none, such as a tied embedding, keeps the unquantized weight.
+    Only `nn.Linear` itself is replaced: no subclass, no other module (GPT-2 of Hugging Face has
+    `Conv1D`). A weight that several layers share is quantized once and stays shared. What shares a
+    weight with a linear layer but is none, such as a tied embedding, keeps the unquantized weight.
+
+    Load unquantized weights before. State dicts of a quantized model fit a model that was quantized
+    with the same scheme and options.
 
     Args:
         model: any module; if it is itself an `nn.Linear` the result is returned.

@@ -121,11 +121,15 @@ _QUANTIZED_MATMUL = Op(
 )
 
 
-def wants_panels(x: torch.Tensor, weight: QuantizedTensor) -> bool:
-    """Whether the weight is in rows and the backend that would multiply the two reads panels."""
+def laid_out_for(x: torch.Tensor, weight: QuantizedTensor) -> QuantizedTensor:
+    """The weight, in panels if the backend that would multiply the two reads those.
+
+    A call with a weight in rows makes panels for itself; whoever keeps the weight keeps these.
+    """
     if weight.is_panels or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return _QUANTIZED_MATMUL.select("auto", (x, weight), {}).name == "cpu"
+        return weight
+    reads_panels = _QUANTIZED_MATMUL.select("auto", (x, weight), {}).name == "cpu"
+    return weight.to_panels() if reads_panels else weight
 
 
 def quantized_matmul(
