@@ -29,19 +29,22 @@ def attend_plainly(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    places: tuple[()] | tuple[torch.Tensor, torch.Tensor],
     numbers: Numbers,
+    places: tuple[()] | tuple[torch.Tensor, torch.Tensor] = (),
+    optional: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None,) * 3,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
     """What the public function `op` returns for a plain call; None for any other.
 
-    `places` is block_table and cache_seqlens, where the keys and values lie in pages.
+    Where the keys and values lie in pages, `places` is block_table and cache_seqlens, and
+    `optional` k_scale, v_scale and cu_seqlens_q.
     """
-    operators = cpu.plain_operators(op, backend, q, k, v, *places)
+    operators = cpu.plain_operators(op, backend, q, k, v, *places, optional=optional)
     if operators is None or not are_plain_numbers(numbers):
         return None
     causal, scale, window, softcap, return_lse, _ = numbers
+    places_or_none = places or (None, None)
     out, lse = operators.plain_attention(
-        q, k, v, *(places or (None, None)), causal, scale, *window, softcap, return_lse
+        q, k, v, *optional, *places_or_none, causal, scale, *window, softcap, return_lse
     )
     return (out, lse) if return_lse and out is not None else out
 
