@@ -7,7 +7,9 @@
 // The operators plain_* are the exception: Python gives them a call's arguments before it has looked
 // at them. They make calls without anything special about them, results allocated and all, and
 // return nothing for any other, which then goes the ordinary way, past the checks that can say what
-// is wrong with it. They must refuse whatever a check refuses.
+// is wrong with it. They must refuse whatever a check refuses. They are registered for the dispatch
+// key Python as well: the one dispatch mode under which they are called is that of a recording, which
+// need not be shown what writes itself down.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,6 +52,8 @@ inline int32_t dtype_code(const Tensor& t) {
   return code;
 }
 
+inline bool has_dtype(const Tensor& t, int32_t code) { return dtype_code(t) == code; }
+
 inline bool is_float_of_kernels(int32_t code) {
   return code == aoti_torch_dtype_float32() || code == aoti_torch_dtype_bfloat16() ||
          code == aoti_torch_dtype_float16();
@@ -67,6 +71,17 @@ inline std::vector<int64_t> size_of(const Tensor& t) {
   std::vector<int64_t> size(t.dim());
   for (std::size_t i = 0; i < size.size(); ++i) size[i] = t.size(i);
   return size;
+}
+
+// Whether heads x (tokens, heads, dim) can be turned by tables and positions that need no copy.
+inline bool is_plain_rotation(const Tensor& cos, const Tensor& sin, const Tensor& positions,
+                              const Tensor& x) {
+  const int32_t f32 = aoti_torch_dtype_float32();
+  return has_dtype(cos, f32) && has_dtype(sin, f32) && cos.dim() == 2 && cos.size(0) >= 1 &&
+         2 * cos.size(1) <= x.size(2) && has_size(sin, {cos.size(0), cos.size(1)}) &&
+         cos.is_contiguous() && sin.is_contiguous() &&
+         has_dtype(positions, aoti_torch_dtype_int64()) && has_size(positions, {x.size(0)}) &&
+         positions.is_contiguous();
 }
 
 // A contiguous tensor on the CPU, uninitialised.

@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "cpu/attention.h"
-#include "ops_cpu.h"
+#include "ops_cpu_cache.h"
 #include "ops_cpu_graph.h"
 
 namespace tilewise {
@@ -113,49 +113,66 @@ void attention_op(Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, Optional
 
 // --- the whole call, where it is plain -----------------------------------------------------------
 
-bool heads_fit(const Tensor& q, const Tensor& k, const Tensor& v) {
+// `packed` is how many elements of a key or value are stored as one.
+bool heads_fit(const Tensor& q, const Tensor& k, const Tensor& v, int64_t packed) {
   const int64_t last = q.dim() - 1;
   const int64_t heads = q.size(last - 1), kv_heads = k.size(2);
-  const int64_t dim = q.size(last), v_dim = v.size(3);
+  const int64_t dim = q.size(last), v_dim = v.size(3) * packed;
   return kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0 && 1 <= dim && dim <= MAX_HEAD_DIM &&
-         k.size(3) == dim && 1 <= v_dim && v_dim <= MAX_HEAD_DIM && q.stride(last) == 1 &&
+         k.size(3) * packed == dim && 1 <= v_dim && v_dim <= MAX_HEAD_DIM && q.stride(last) == 1 &&
          k.stride(3) == 1 && v.stride(3) == 1 && k.size(0) == v.size(0) &&
          k.size(1) == v.size(1) && v.size(2) == kv_heads;
 }
 
 bool is_plain_list(const Tensor& t, int64_t dims, int64_t batch) {
-  return dtype_code(t) == aoti_torch_dtype_int32() && t.dim() == dims && t.size(0) == batch &&
+  return has_dtype(t, aoti_torch_dtype_int32()) && t.dim() == dims && t.size(0) == batch &&
          t.is_contiguous();
 }
 
-bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& block_table,
-              const OptionalTensor& cache_seqlens) {
-  const bool is_paged = block_table && cache_seqlens;
+bool is_plain(const Tensor& q, const Tensor& k, const Tensor& v) {
   const int32_t dtype = dtype_code(q);
-  if (!is_float_of_kernels(dtype) || dtype_code(k) != dtype || dtype_code(v) != dtype ||
-      q.dim() != (is_paged ? 3 : 4) || k.dim() != 4 || v.dim() != 4 || !heads_fit(q, k, v)) {
+  return is_float_of_kernels(dtype) && has_dtype(k, dtype) && has_dtype(v, dtype) &&
+         q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && heads_fit(q, k, v, 1) &&
+         k.size(0) == q.size(0);
+}
+
+bool is_plain_paged(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& k_scale,
+                    const OptionalTensor& v_scale, const OptionalTensor& cu_seqlens_q,
+                    const Tensor& block_table, const Tensor& cache_seqlens) {
+  const int32_t dtype = dtype_code(q), stored = dtype_code(k);
+  if (!is_float_of_kernels(dtype) || q.dim() != 3 || k.dim() != 4 || v.dim() != 4 ||
+      !has_dtype(v, stored) || !(stored == dtype || is_quantized_cache(stored)) ||
+      !heads_fit(q, k, v, packed_in(stored)) || k.size(0) < 1 || k.size(1) < 1 ||
+      !scale_fits(k_scale, k) || !scale_fits(v_scale, k) || cache_seqlens.dim() != 1) {
     return false;
   }
-  const int64_t batch = q.size(0);
-  if (!is_paged) return k.size(0) == batch;
-  return k.size(0) >= 1 && k.size(1) >= 1 && is_plain_list(*block_table, 2, batch) &&
-         is_plain_list(*cache_seqlens, 1, batch);
+  for (const OptionalTensor& scale : {k_scale, v_scale}) {
+    if (scale && !scale->is_contiguous()) return false;
+  }
+  const int64_t batch = cache_seqlens.size(0);
+  const bool fits = cu_seqlens_q ? is_plain_list(*cu_seqlens_q, 1, batch + 1) : q.size(0) == batch;
+  return fits && is_plain_list(block_table, 2, batch) && is_plain_list(cache_seqlens, 1, batch);
 }
 
 std::tuple<OptionalTensor, OptionalTensor> plain_attention_op(
-    Tensor q, Tensor k, Tensor v, OptionalTensor block_table, OptionalTensor cache_seqlens,
+    Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, OptionalTensor v_scale,
+    OptionalTensor cu_seqlens_q, OptionalTensor block_table, OptionalTensor cache_seqlens,
     bool causal, std::optional<double> scale, int64_t window_left, int64_t window_right,
     double softcap, bool return_lse) {
-  if (!is_plain(q, k, v, block_table, cache_seqlens)) return {};
+  const bool is_paged = block_table && cache_seqlens;
+  if (is_paged ? !is_plain_paged(q, k, v, k_scale, v_scale, cu_seqlens_q, *block_table,
+                                 *cache_seqlens)
+               : !is_plain(q, k, v)) {
+    return {};
+  }
   std::vector<int64_t> size = size_of(q);
-  size.back() = v.size(3);
+  size.back() = v.size(3) * packed_in(dtype_code(v));
   const Tensor out = empty(size, dtype_code(q));
   size.pop_back();
   const Tensor lse = empty(size, aoti_torch_dtype_float32());
-  Attention a = describe(q, k, v, {}, {}, {}, {}, block_table, cache_seqlens, out, lse);
-  set_options(a, {}, {}, {}, causal, scale.value_or(1 / std::sqrt(static_cast<double>(a.dim))),
-              window_left, window_right, softcap);
-  attention_forward(a);
+  if (!scale) scale = 1 / std::sqrt(static_cast<double>(q.size(q.dim() - 1)));
+  attention_op(q, k, v, k_scale, v_scale, cu_seqlens_q, {}, block_table, cache_seqlens, {}, {}, {},
+               causal, *scale, window_left, window_right, softcap, out, lse);
   return {out, return_lse ? OptionalTensor(lse) : std::nullopt};
 }
 
@@ -196,9 +213,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? bias, bool causal, float scale, "
       "int window_left, int window_right, float softcap, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
-      "plain_attention(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? cache_seqlens, "
-      "bool causal, float? scale, int window_left, int window_right, float softcap, "
-      "bool return_lse) -> (Tensor? out, Tensor? lse)");
+      "plain_attention(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, "
+      "Tensor? cu_seqlens_q, Tensor? block_table, Tensor? cache_seqlens, bool causal, "
+      "float? scale, int window_left, int window_right, float softcap, bool return_lse) "
+      "-> (Tensor? out, Tensor? lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, "
       "Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? alibi_slopes, "
@@ -212,4 +230,8 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_op));
   m.impl("plain_attention", TORCH_BOX(&plain_attention_op));
   m.impl("attention_backward", TORCH_BOX(&Recorded<&attention_backward_op>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, Python, m) {
+  m.impl("plain_attention", TORCH_BOX(&tilewise::plain_attention_op));
 }

@@ -70,7 +70,7 @@ std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor we
   }
   const Tensor out = empty(size, dtype);
   const OptionalTensor sum = residual ? OptionalTensor(empty(size, dtype)) : std::nullopt;
-  rms_norm(describe(x, weight, {}, eps, residual, out, sum));
+  rms_norm_op(x, weight, eps, residual, out, sum);
   return {out, sum};
 }
 
@@ -136,6 +136,18 @@ void rotary_embedding_op(Tensor x, Tensor cos, Tensor sin, Tensor positions, boo
   rotary.interleaved = interleaved;
   rotary.inverse = inverse;
   run_kernel<&rotary_embedding>(rotary, {}, x, cos, sin, positions, out);
+}
+
+OptionalTensor plain_rotary_embedding_op(Tensor x, Tensor cos, Tensor sin, Tensor positions,
+                                         bool interleaved) {
+  const int32_t dtype = dtype_code(x);
+  if (!is_float_of_kernels(dtype) || x.dim() != 3 || x.stride(2) != 1 ||
+      !is_plain_rotation(cos, sin, positions, x)) {
+    return std::nullopt;
+  }
+  const Tensor out = empty(size_of(x), dtype);
+  rotary_embedding_op(x, cos, sin, positions, interleaved, false, out);
+  return out;
 }
 
 // --- gated activations ---------------------------------------------------------------------------
@@ -237,6 +249,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def(
       "rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved, "
       "bool inverse, Tensor(a!) out) -> ()");
+  m.def(
+      "plain_rotary_embedding(Tensor x, Tensor cos, Tensor sin, Tensor positions, "
+      "bool interleaved) -> Tensor?");
   m.def("gated_activation(Tensor gate, Tensor up, int activation, Tensor(a!) out) -> ()");
   m.def(
       "gated_activation_backward(Tensor grad_out, Tensor gate, Tensor up, int activation, "
@@ -255,7 +270,14 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("rms_norm_backward", TORCH_BOX(&Recorded<&rms_norm_backward_op>::call));
   m.impl("layer_norm_backward", TORCH_BOX(&Recorded<&layer_norm_backward_op>::call));
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding_op));
+  m.impl("plain_rotary_embedding", TORCH_BOX(&plain_rotary_embedding_op));
   m.impl("gated_activation", TORCH_BOX(&Recorded<&gated_activation_op>::call));
   m.impl("gated_activation_backward", TORCH_BOX(&Recorded<&gated_activation_backward_op>::call));
   m.impl("sample", TORCH_BOX(&Recorded<&sample_op>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, Python, m) {
+  using namespace tilewise;
+  m.impl("plain_rms_norm", TORCH_BOX(&plain_rms_norm_op));
+  m.impl("plain_rotary_embedding", TORCH_BOX(&plain_rotary_embedding_op));
 }

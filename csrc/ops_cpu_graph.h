@@ -1,7 +1,6 @@
-// Recording: while a thread records, every operator that it calls is also written down, with its
-// arguments, to be called again without Python. Arguments hold on to their tensors, so a recording
-// that is replayed reads and writes the same memory again: who wants other results writes other
-// inputs there first.
+// Recording: while a thread records, every operator that it calls is written down, with its arguments,
+// and not run. Arguments hold on to their tensors, so a recording that is replayed reads and writes the
+// same memory each time: who wants other results writes other inputs there first.
 #pragma once
 
 #include <cstdint>
@@ -28,18 +27,21 @@ struct Recorded;
 template <class... Arguments, void (*OPERATOR)(Arguments...)>
 struct Recorded<OPERATOR> {
   static void call(Arguments... arguments) {
-    if (is_recording()) record([=] { OPERATOR(arguments...); });
+    if (is_recording()) return record([=] { OPERATOR(arguments...); });
     OPERATOR(arguments...);
   }
 };
 
-// Runs a kernel on what describes its call. A recording keeps the tensors that the description points
+// Runs a kernel on what describes its call, or records that. A recording keeps the tensors that the description points
 // to, and a replay asks them for nothing.
 template <auto KERNEL, class Call, class... Tensors>
 void run_kernel(const Call& call, const Upcoming& reads, const Tensors&... tensors) {
   if (is_recording()) {
-    record([call, kept = std::make_tuple(tensors...)] { static_cast<void>(kept), KERNEL(call); },
-           reads);
+    const auto run = [call, kept = std::make_tuple(tensors...)] {
+      static_cast<void>(kept);
+      KERNEL(call);
+    };
+    return record(run, reads);
   }
   KERNEL(call);
 }

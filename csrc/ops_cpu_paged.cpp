@@ -2,7 +2,7 @@
 #include "cpu/append_kv.h"
 #include "cpu/attention.h"
 #include "cpu/next_step.h"
-#include "ops_cpu.h"
+#include "ops_cpu_cache.h"
 #include "ops_cpu_graph.h"
 
 namespace tilewise {
@@ -63,26 +63,35 @@ void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slo
                          v_scale);
 }
 
-// Whether rows (tokens, kv_heads, dim) go into a cache (pages, page_size, kv_heads, dim) as they are.
-bool is_plain_side(const Tensor& x, const Tensor& cache, int32_t dtype, int32_t cache_dtype) {
-  return dtype_code(x) == dtype && x.dim() == 3 && dtype_code(cache) == cache_dtype &&
+// Whether rows (tokens, kv_heads, dim) go into a cache (pages, page_size, kv_heads, stored dim).
+bool is_plain_side(const Tensor& x, const Tensor& cache, const OptionalTensor& scale,
+                   int32_t dtype, int32_t cache_dtype) {
+  return has_dtype(x, dtype) && x.dim() == 3 && has_dtype(cache, cache_dtype) &&
          cache.dim() == 4 && cache.size(0) >= 1 && cache.size(1) >= 1 && cache.size(2) >= 1 &&
-         cache.size(2) == x.size(1) && cache.size(3) == x.size(2) && x.size(2) >= 1 &&
-         x.size(2) <= MAX_HEAD_DIM && x.stride(2) == 1 && cache.stride(3) == 1;
+         cache.size(2) == x.size(1) && cache.size(3) * packed_in(cache_dtype) == x.size(2) &&
+         x.size(2) >= 1 && x.size(2) <= MAX_HEAD_DIM && x.stride(2) == 1 &&
+         cache.stride(3) == 1 && scale_fits(scale, cache);
 }
 
-bool plain_append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping) {
+bool plain_append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping,
+                        OptionalTensor cos, OptionalTensor sin, bool interleaved,
+                        OptionalTensor positions, OptionalTensor k_scale, OptionalTensor v_scale) {
   const int32_t dtype = dtype_code(k), cache_dtype = dtype_code(k_cache);
-  if (!is_float_of_kernels(dtype) || !is_float_of_kernels(cache_dtype) ||
-      !is_plain_side(k, k_cache, dtype, cache_dtype) ||
-      !is_plain_side(v, v_cache, dtype, cache_dtype) || v.size(0) != k.size(0) ||
+  if (!is_float_of_kernels(dtype) ||
+      !(is_float_of_kernels(cache_dtype) || is_quantized_cache(cache_dtype)) ||
+      !is_plain_side(k, k_cache, k_scale, dtype, cache_dtype) ||
+      !is_plain_side(v, v_cache, v_scale, dtype, cache_dtype) || v.size(0) != k.size(0) ||
       v.size(1) != k.size(1) || v_cache.size(0) != k_cache.size(0) ||
-      v_cache.size(1) != k_cache.size(1) ||
-      dtype_code(slot_mapping) != aoti_torch_dtype_int64() ||
+      v_cache.size(1) != k_cache.size(1) || !has_dtype(slot_mapping, aoti_torch_dtype_int64()) ||
       !has_size(slot_mapping, {k.size(0)})) {
     return false;
   }
-  append_kv(describe(k, v, k_cache, v_cache, slot_mapping, {}, {}));
+  if ((cos || sin || positions) &&
+      !(cos && sin && positions && is_plain_rotation(*cos, *sin, *positions, k))) {
+    return false;
+  }
+  append_kv_op(k, v, k_cache, v_cache, slot_mapping, cos, sin, interleaved, positions, k_scale,
+               v_scale);
   return true;
 }
 
@@ -132,7 +141,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor(d!)? v_scale) -> ()");
   m.def(
       "plain_append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-      "Tensor slot_mapping) -> bool");
+      "Tensor slot_mapping, Tensor? cos, Tensor? sin, bool interleaved, Tensor? positions, "
+      "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> bool");
   m.def(
       "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, "
       "Tensor(b!) lse) -> ()");
@@ -149,4 +159,8 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("plain_append_kv", TORCH_BOX(&plain_append_kv_op));
   m.impl("next_step", TORCH_BOX(&next_step_op));
   m.impl("merge_states", TORCH_BOX(&Recorded<&merge_states_op>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, Python, m) {
+  m.impl("plain_append_kv", TORCH_BOX(&tilewise::plain_append_kv_op));
 }

@@ -55,6 +55,33 @@ QuantizedMatmul product_of(const Tensor& x, int64_t rows, int64_t x_stride,
   return call;
 }
 
+// The weight, of which a thread works on the same rows of the gate and of what it multiplies.
+Upcoming reads_of(const QuantizedMatmul& call) {
+  const QuantizedWeight& weight = call.weight;
+  return {reinterpret_cast<const char*>(weight.data),
+          (weight.rows + PANEL_ROWS - 1) / PANEL_ROWS * weight.panel_bytes,
+          call.finish == Finish::swiglu ? 2 : 1};
+}
+
+void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
+                         Tensor data, OptionalTensor scales, OptionalTensor zeros,
+                         OptionalTensor bias, int64_t finish, OptionalTensor residual,
+                         OptionalTensor adapter_a, OptionalTensor adapter_b,
+                         int64_t rounding, int64_t activation_group, Tensor out) {
+  STD_TORCH_CHECK(0 <= finish && finish <= static_cast<int64_t>(Finish::swiglu),
+                  "no such activation");
+  STD_TORCH_CHECK(0 <= rounding && rounding <= static_cast<int64_t>(Rounding::fp8),
+                  "no such rounding");
+  const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  QuantizedMatmul call = product_of(x, x.size(0), x.stride(0), weight, bias, finish, residual,
+                                    rounding, activation_group, out);
+  call.adapter_a = pointer(adapter_a);
+  call.adapter_b = pointer(adapter_b);
+  call.rank = adapter_a ? adapter_a->size(1) : 0;
+  run_kernel<&quantized_matmul>(call, reads_of(call), x, data, scales, zeros, bias, residual,
+                                adapter_a, adapter_b, out);
+}
+
 // The weight has been checked when it was made; it is one matrix.
 OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth,
                                          int64_t group_size, Tensor data, OptionalTensor scales,
@@ -78,31 +105,10 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
   }
   const Tensor out = empty(size, dtype);
   const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
-  quantized_matmul(product_of(x, x.numel() / depth, depth, weight, bias, finish, residual,
-                              rounding, activation_group, out));
+  const QuantizedMatmul call = product_of(x, x.numel() / depth, depth, weight, bias, finish,
+                                          residual, rounding, activation_group, out);
+  run_kernel<&quantized_matmul>(call, reads_of(call), x, data, scales, zeros, bias, residual, out);
   return out;
-}
-
-void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
-                         Tensor data, OptionalTensor scales, OptionalTensor zeros,
-                         OptionalTensor bias, int64_t finish, OptionalTensor residual,
-                         OptionalTensor adapter_a, OptionalTensor adapter_b,
-                         int64_t rounding, int64_t activation_group, Tensor out) {
-  STD_TORCH_CHECK(0 <= finish && finish <= static_cast<int64_t>(Finish::swiglu),
-                  "no such activation");
-  STD_TORCH_CHECK(0 <= rounding && rounding <= static_cast<int64_t>(Rounding::fp8),
-                  "no such rounding");
-  const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
-  QuantizedMatmul call = product_of(x, x.size(0), x.stride(0), weight, bias, finish, residual,
-                                    rounding, activation_group, out);
-  call.adapter_a = pointer(adapter_a);
-  call.adapter_b = pointer(adapter_b);
-  call.rank = adapter_a ? adapter_a->size(1) : 0;
-  const Upcoming reads{reinterpret_cast<const char*>(call.weight.data),
-                       (rows + PANEL_ROWS - 1) / PANEL_ROWS * call.weight.panel_bytes,
-                       call.finish == Finish::swiglu ? 2 : 1};
-  run_kernel<&quantized_matmul>(call, reads, x, data, scales, zeros, bias, residual, adapter_a,
-                                adapter_b, out);
 }
 
 void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int64_t depth,
@@ -161,4 +167,8 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
   m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
   m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, Python, m) {
+  m.impl("plain_quantized_matmul", TORCH_BOX(&tilewise::plain_quantized_matmul_op));
 }

@@ -1,8 +1,8 @@
 """Decoding steps without Python: the kernel calls for one token each, recorded and replayed.
 
 The model is the one of `gpt.py`. All that a step reads, the tokens and where they stand, lies in
-tensors that stay; the first step records what the model calls (`CpuGraph`), and all others replay
-it. Where the model runs something that cannot be recorded, every step runs the model.
+tensors that stay; before the first step it is recorded what the model calls (`CpuGraph`), and every
+step replays it. Where the model runs something that cannot be recorded, every step runs the model.
 
 Choosing the next token is part of a step, and so is feeding it to the next one: after a replay,
 whose weights have taken the place of all else in the caches, whatever Python does takes several
@@ -165,13 +165,12 @@ class Decoder:
         Raises:
             OutOfPages: if the cache is full.
         """
+        graph = self._recorded()
         self._write(sequences, token_ids, 1)
-        if (graph := self._recorded()) is not None:
-            graph.replay()
-            return self._result
-        if self._graph is None and self._record():
-            return self._result
-        return self._run()
+        if graph is None:
+            return self._run()
+        graph.replay()
+        return self._result
 
     @torch.no_grad()
     def steps(self, sequences: Sequence[int], token_ids: Sequence[int], count: int) -> torch.Tensor:
@@ -195,9 +194,9 @@ class Decoder:
         if not 1 <= count <= MOST_STEPS:
             raise ValueError(f"count: must be from 1 to {MOST_STEPS}, got {count}")
         graph = self._recorded()
+        self._write(sequences, token_ids, 1 if graph is None else count)
         if graph is None:
-            return self.step(sequences, token_ids)[None]
-        self._write(sequences, token_ids, count)
+            return self._run()[None]
         graph.replay(count)
         return self._history[:count]
 
@@ -242,8 +241,8 @@ class Decoder:
             )
         return result
 
-    def _record(self) -> bool:
-        """Run the step and record it, if it can be recorded."""
+    def _record(self) -> None:
+        """Record a step, if it can be recorded."""
         if self._attempts < _MOST_ATTEMPTS:
             self._attempts += 1
             try:
@@ -253,8 +252,9 @@ class Decoder:
             else:
                 self.why_not_recorded = None
                 self._requests = requests()
-        return self._graph is not None
 
     def _recorded(self) -> CpuGraph | None:
-        """The recording, if calls would choose the same backends now."""
+        """The recording, if there can be one and calls would choose the same backends now."""
+        if self._graph is None:
+            self._record()
         return self._graph if self._requests == requests() else None

@@ -393,7 +393,9 @@ class _Run:
         _read(sampler, sequences)
         count = min(MOST_STEPS, *(self._limit - len(s.generation.token_ids) for s in sequences))
         seconds = self._timings.seconds_per_output_token
-        if seconds * count > _LONGEST_WAIT:
+        if not seconds:
+            count = 1  # which says how long one takes
+        elif seconds * count > _LONGEST_WAIT:
             count = max(1, int(_LONGEST_WAIT / seconds))
         last = [s.generation.token_ids[-1] for s in sequences]
         chosen: list[list[int]] = decoder.steps([s.cached for s in sequences], last, count).tolist()

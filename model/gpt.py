@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +33,7 @@ from tilewise.model.layers import (
     QuantEmbedding,
     TiedHead,
     linear,
+    project_heads,
     project_parts,
 )
 from tilewise.paged import PagedKVCache, append_kv, paged_attention
@@ -71,24 +73,23 @@ class PagedBatch:
         """Make room in the cache for the next `counts[i]` tokens of each of `sequences`."""
         sequences, counts = list(sequences), list(counts)
         slot_mapping = cache.append(sequences, counts)
-        cache_seqlens = cache.seqlens(sequences)
-        device = slot_mapping.device
-        count = torch.tensor(counts, device=device)
-        end = count.cumsum(0)
-        cu_seqlens_q = None
-        if max(counts) > 1:
-            cu_seqlens_q = F.pad(end, (1, 0)).to(torch.int32)
-        # A token's position is its place in the batch, moved so that each sequence ends right.
-        shift = (cache_seqlens - end).repeat_interleave(count)
+        # In NumPy, where an operation on a few integers takes a fifth of the time.
+        lengths = [cache.allocator.length(sequence) for sequence in sequences]
+        ends = np.cumsum([0, *counts])
+        positions = [np.arange(n - new, n) for n, new in zip(lengths, counts, strict=True)]
+
+        def on_device(numbers: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(numbers).to(cache.device)
+
         return cls(
             cache=cache,
-            positions=torch.arange(len(slot_mapping), device=device) + shift,
+            positions=on_device(np.concatenate(positions)),
             slot_mapping=slot_mapping,
             block_table=cache.block_table(sequences),
-            cache_seqlens=cache_seqlens,
-            cu_seqlens_q=cu_seqlens_q,
-            last=end - 1,
-            length=int(cache_seqlens.max()),
+            cache_seqlens=cache.seqlens(sequences),
+            cu_seqlens_q=on_device(ends.astype(np.int32)) if max(counts) > 1 else None,
+            last=on_device(ends[1:] - 1),
+            length=max(lengths),
         )
 
 
@@ -103,10 +104,9 @@ class Attention(nn.Module):
         bias = config.bias or config.qkv_bias
         self.qkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=bias)
         self.out = nn.Linear(inner, config.dim, bias=config.bias or config.out_bias)
+        self.has_head_norms = config.qk_norm
         if config.qk_norm:
             self.q_norm, self.k_norm = HeadNorm(config), HeadNorm(config)
-        else:
-            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def forward(
         self,
@@ -116,13 +116,12 @@ class Attention(nn.Module):
         paged: PagedBatch | None,
         only_last: bool,
     ) -> torch.Tensor:
-        sizes = [heads * self.head_dim for heads in self.heads]
-        parts = project_parts(self.qkv, x, sizes)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q, k, v = project_heads(self.qkv, x, self.heads, self.head_dim)
         asking = positions
         if only_last and paged is not None:
             q, asking = q[paged.last], positions[paged.last]
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.has_head_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q = rotary_embedding(q, rotary, asking)
         if paged is None:

@@ -23,6 +23,7 @@ __all__ = [
     "TiedHead",
     "Weight",
     "linear",
+    "project_heads",
     "project_parts",
     "put",
     "set_act",
@@ -117,6 +118,16 @@ def project_parts(
             size -= part[-1].shape[-1]
         parts.append(part[0] if len(part) == 1 else torch.cat(part, dim=-1))
     return parts
+
+
+def project_heads(
+    projection: nn.Module, x: torch.Tensor, heads: Sequence[int], head_dim: int
+) -> Sequence[torch.Tensor]:
+    """The same in heads: (..., heads[i], head_dim)."""
+    if not isinstance(projection, RowBlocks):
+        return projection(x).unflatten(-1, (-1, head_dim)).split(heads, dim=-2)
+    parts = project_parts(projection, x, [head_dim * count for count in heads])
+    return [part.unflatten(-1, (-1, head_dim)) for part in parts]
 
 
 class Experts(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tilewise import native
-from tilewise.dispatch import OPS, requested_backend
+from tilewise.dispatch import OPS, requested_backend, requests
 from tilewise.library import is_watched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +41,12 @@ def why_not_dtype(x: torch.Tensor, dtype: torch.dtype) -> str | None:
     return native.why_not_cpu()
 
 
-def plain_operators(op: str, backend: str, *tensors: torch.Tensor) -> native.Operators | None:
+def plain_operators(
+    op: str,
+    backend: str,
+    *tensors: torch.Tensor,
+    optional: tuple[torch.Tensor | None, ...] = (),
+) -> native.Operators | None:
     """The C++ operators, where a call with these tensors may be tried on them unchecked.
 
     It may where the C++ backend comes first and nobody has put another in its place, nobody else
@@ -49,11 +54,13 @@ def plain_operators(op: str, backend: str, *tensors: torch.Tensor) -> native.Ope
     """
     if is_watched() or (implemented := OPS[op]).impls is not implemented.own_impls:
         return None
-    if backend == "auto":
+    if backend == "auto" and requests():
         backend = requested_backend(op)
     if backend not in ("auto", "cpu"):
         return None
     is_recorded = torch.is_grad_enabled()
+    if optional:
+        tensors = (*tensors, *[x for x in optional if x is not None])
     for x in tensors:
         if type(x) not in _TENSORS or not x.is_cpu or (is_recorded and x.requires_grad):
             return None

@@ -1,14 +1,15 @@
 """Recordings of C++ kernel calls: a function of many small calls, run again without Python.
 
 One step of decoding a small model is hundreds of kernel calls of a few microseconds, and getting to
-each of them from Python takes longer than the kernel. As CUDA graphs do on a GPU, `CpuGraph` runs a
-function once, writes down which kernels it called on which tensors, and from then on calls them one
-after the other from C++, on threads that stay awake in between.
+each of them from Python takes longer than the kernel. As CUDA graphs do on a GPU, `CpuGraph` writes
+down which kernels a function would call on which tensors, and calls them one after the other from
+C++, on threads that stay awake in between. Nothing is computed while it is written down, so that
+Python has the caches to itself meanwhile.
 
     step()  # once before: weights are laid out for the kernels, tables are made
     graph, logits = CpuGraph.capture(step)
     token_ids.copy_(next_token_ids)
-    graph.replay()  # logits has new values
+    graph.replay()  # logits has values
 
 The tensors are always the same ones: who wants another result writes other inputs into them. What
 is not a C++ kernel of ours cannot be recorded, and must not be forgotten either: every operator
@@ -17,14 +18,14 @@ that PyTorch runs meanwhile is looked at, and one that computes anything ends th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewise import native
-from tilewise.library import CONTRACTS
+from tilewise.library import CONTRACTS, Recorder
 
 T = TypeVar("T")
 
@@ -39,22 +40,22 @@ class CaptureError(RuntimeError):
 
 
 class CpuGraph:
-    """The C++ kernel calls of one run of a function; see `capture`."""
+    """The C++ kernel calls of a function; see `capture`."""
 
     def __init__(self, ops: native.Operators, number: int) -> None:
         self._ops, self._number = ops, number
 
     @classmethod
     def capture(cls, function: Callable[[], T]) -> tuple[CpuGraph, T]:
-        """Run `function` and record its kernel calls.
+        """Record the kernel calls of `function`, which are not made.
 
         Args:
             function: calls C++ kernels on the CPU, and otherwise only makes views and allocates.
                 Every number it takes from a tensor would be frozen, so taking one is refused too.
 
         Returns:
-            The recording, and what the function returned: its tensors are those that a replay
-            writes to.
+            The recording, and what the function returned: its tensors hold nothing until a replay
+            writes to them.
 
         Raises:
             CaptureError: if it ran anything else; it was stopped there.
@@ -74,7 +75,7 @@ class CpuGraph:
         return cls(ops, number), result
 
     def replay(self, times: int = 1) -> None:
-        """Make the recorded calls again, on the values that their tensors hold now.
+        """Make the recorded calls, on the values that their tensors hold now.
 
         Args:
             times: how often, one run after the other: for calls that write their own next inputs.
@@ -85,7 +86,7 @@ class CpuGraph:
         self._ops.forget_recording(self._number)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Recorder):
     """Lets views, allocations and our own kernels pass, and looks into those."""
 
     @classmethod
@@ -110,6 +111,7 @@ class _Watch(TorchDispatchMode):
         raise CaptureError(f"{func} is computed by PyTorch, and only C++ kernels can be recorded")
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     """Whether all results share memory with an argument, and nothing is written."""
     returns = func._schema.returns

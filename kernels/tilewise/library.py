@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewise.dispatch import BackendError
 
@@ -84,12 +85,25 @@ class Contract:
 
 
 def is_watched() -> bool:
-    """Whether a compiler, a mode or a function transform looks at what operators run."""
+    """Whether a compiler, a dispatch mode or a function transform looks at what operators run.
+
+    A recorder does not: our own kernels tell it of themselves.
+    """
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and not _is_only_recorded())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+    )
+
+
+class Recorder(TorchDispatchMode):
+    """A dispatch mode that need not see the operators of this library; see `tilewise.graph`."""
+
+
+def _is_only_recorded() -> bool:
+    return torch._C._len_torch_dispatch_stack() == 1 and isinstance(
+        torch._C._get_dispatch_stack_at(0), Recorder
     )
 
 

@@ -148,7 +148,7 @@ def flash_attention(
     """
     if alibi_slopes is None and sinks is None and bias is None:
         numbers = (causal, scale, window, softcap, return_lse, batch_invariant)
-        result = native.attend_plainly("flash_attention", backend, q, k, v, (), numbers)
+        result = native.attend_plainly("flash_attention", backend, q, k, v, numbers)
         if result is not None:
             return result
     options: dict[str, Any] = {

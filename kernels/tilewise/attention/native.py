@@ -29,20 +29,22 @@ def attend_plainly(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    places: tuple[()] | tuple[torch.Tensor, torch.Tensor],
     numbers: Numbers,
+    places: tuple[()] | tuple[torch.Tensor, torch.Tensor] = (),
+    optional: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None,) * 3,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
     """What the public function `op` returns for a plain call; None for any other.
 
-    `places` is block_table and cache_seqlens, where the keys and values lie in pages.
+    Where the keys and values lie in pages, `places` is block_table and cache_seqlens, and
+    `optional` k_scale, v_scale and cu_seqlens_q.
     """
-    operators = cpu.plain_operators(op, backend, q, k, v, *places)
+    operators = cpu.plain_operators(op, backend, q, k, v, *places, optional=optional)
     if operators is None or not are_plain_numbers(numbers):
         return None
     causal, scale, window, softcap, return_lse, _ = numbers
     out, lse = cpu.plainly(
         operators.plain_attention,
-        *(q, k, v, *(places or (None, None))),
+        *(q, k, v, *optional, *(places or (None, None))),
         *(causal, scale, *window, softcap, return_lse),
         otherwise=(None, None),
     )

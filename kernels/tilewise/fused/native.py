@@ -51,8 +51,7 @@ def rms_norm_plainly(
     backend: str, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
     """What `rms_norm` returns for a plain call; None for any other."""
-    others = (weight,) if residual is None else (weight, residual)
-    operators = cpu.plain_operators("rms_norm", backend, x, *others)
+    operators = cpu.plain_operators("rms_norm", backend, x, weight, optional=(residual,))
     if operators is None or type(eps) is not float or not eps >= 0:
         return None
     out, total = cpu.plainly(
@@ -117,6 +116,32 @@ def _layer_norm_backward(
 
 
 # --- rotary embedding -----------------------------------------------------------------------------
+
+
+def are_plain_tables(tables: RotaryTables) -> bool:
+    """Whether these are tables of the usual types; what tensors they are, C++ looks at."""
+    return (
+        type(tables) is RotaryTables
+        and type(tables.interleaved) is bool
+        and tables.cos is not None
+        and tables.sin is not None
+    )
+
+
+def rotary_embedding_plainly(
+    backend: str, x: torch.Tensor, tables: RotaryTables, positions: torch.Tensor
+) -> torch.Tensor | None:
+    """What `rotary_embedding` returns for a plain call; None for any other."""
+    if not are_plain_tables(tables):
+        return None
+    cos, sin, interleaved = tables
+    operators = cpu.plain_operators("rotary_embedding", backend, x, cos, sin, positions)
+    if operators is None:
+        return None
+    out: torch.Tensor | None = cpu.plainly(
+        operators.plain_rotary_embedding, x, cos, sin, positions, interleaved
+    )
+    return out
 
 
 @ROTARY_EMBEDDING.kernel("cpu")

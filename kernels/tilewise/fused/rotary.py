@@ -125,5 +125,9 @@ def rotary_embedding(
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021
     (arXiv:2104.09864); partial rotation as in GPT-J and GPT-NeoX.
     """
+    if not validate:
+        out = native.rotary_embedding_plainly(backend, x, tables, positions)
+        if out is not None:
+            return out
     _check(x, tables, positions, validate=validate)
     return _ROTARY_EMBEDDING(x, tables, positions, backend=backend)

@@ -134,18 +134,13 @@ def paged_attention(
     PagedAttention, 2023 (arXiv:2309.06180).
     """
     arguments = (q, k_cache, v_cache, block_table, cache_seqlens)
-    if (
-        cu_seqlens_q is None
-        and k_scale is None
-        and v_scale is None
-        and alibi_slopes is None
-        and sinks is None
-        and bias is None
-        and not validate
-    ):
+    if alibi_slopes is None and sinks is None and bias is None and not validate:
         numbers = (causal, scale, window, softcap, return_lse, batch_invariant)
+        optional = (k_scale, v_scale, cu_seqlens_q)
         places = (block_table, cache_seqlens)
-        result = attend_plainly("paged_attention", backend, q, k_cache, v_cache, places, numbers)
+        result = attend_plainly(
+            "paged_attention", backend, q, k_cache, v_cache, numbers, places, optional
+        )
         if result is not None:
             return result
     options: dict[str, Any] = {
@@ -205,13 +200,8 @@ def append_kv(
     `tilewise.paged.kv_formats`.
     """
     arguments = (k, v, k_cache, v_cache, slot_mapping)
-    if (
-        rotary is None
-        and positions is None
-        and k_scale is None
-        and v_scale is None
-        and not validate
-        and native.append_kv_plainly(backend, *arguments)
+    if not validate and native.append_kv_plainly(
+        backend, arguments, rotary, (positions, k_scale, v_scale)
     ):
         return
     options: dict[str, Any] = {

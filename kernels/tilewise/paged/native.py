@@ -8,6 +8,7 @@ import torch
 
 from tilewise import cpu, native
 from tilewise.attention.native import attend
+from tilewise.fused.native import are_plain_tables
 from tilewise.fused.tables import RotaryTables
 from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
@@ -114,10 +115,28 @@ def _paged_attention_kernel(
 # --- writing --------------------------------------------------------------------------------------
 
 
-def append_kv_plainly(backend: str, *tensors: torch.Tensor) -> bool:
-    """Whether this was a plain call of `append_kv`; it is done then."""
-    operators = cpu.plain_operators("append_kv", backend, *tensors)
-    return operators is not None and bool(cpu.plainly(operators.plain_append_kv, *tensors))
+def append_kv_plainly(
+    backend: str,
+    tensors: tuple[torch.Tensor, ...],
+    rotary: RotaryTables | None,
+    optional: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+) -> bool:
+    """Whether this was a plain call of `append_kv`; it is done then.
+
+    `optional` is positions, k_scale and v_scale.
+    """
+    tables: tuple[Any, Any, Any] = (None, None, False)
+    if rotary is not None:
+        if not are_plain_tables(rotary):
+            return False
+        tables = rotary
+    cos, sin, interleaved = tables
+    positions, *scales = optional
+    operators = cpu.plain_operators("append_kv", backend, *tensors, optional=(cos, sin, *optional))
+    if operators is None:
+        return False
+    rotation = (cos, sin, interleaved, positions)
+    return bool(cpu.plainly(operators.plain_append_kv, *tensors, *rotation, *scales))
 
 
 @APPEND_KV.kernel("cpu")

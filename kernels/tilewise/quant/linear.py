@@ -72,8 +72,10 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> QuantizedTensor:
         """The weight, (out_features, in_features)."""
-        weight = self._weight
-        if weight is None or weight.data is not self.data or weight.scales is not self.scales:
+        # Past `Module.__getattr__`: four layers a block ask for this in every call.
+        weight, buffers = self._weight, self._buffers
+        is_held = weight is not None and weight.data is buffers["data"]
+        if weight is None or not is_held or weight.scales is not buffers["scales"]:
             shape = (self.out_features, self.in_features)
             parts = (self.data, self.scales, self.zeros)
             weight = self._weight = QuantizedTensor(self.format, shape, self.group_size, *parts)

@@ -79,8 +79,9 @@ def quantized_matmul_plainly(
     """
     if type(weight) is not QuantizedTensor or len(weight.shape) != 2 or not weight.is_panels:
         return None
-    others = (t for t in (bias, residual) if t is not None)
-    operators = cpu.plain_operators("quantized_matmul", backend, x, weight.data, *others)
+    operators = cpu.plain_operators(
+        "quantized_matmul", backend, x, weight.data, optional=(bias, residual)
+    )
     if operators is None or type(activation) not in _NAMES or type(act) not in _NAMES:
         return None
     finish, rounding = _ACTIVATION_CODES.get(activation), _ACT_CODES.get(act)
