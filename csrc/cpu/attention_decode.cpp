@@ -163,8 +163,8 @@ class Decode {
         locate_first(*upcoming, kv_head, next);
       }
       products_.score(block, rows, b, careful);
-      products_.accumulate(block, next, rows, b, careful,
-                           [&](int64_t h) { weigh(block, h, rows, b); });
+      weigh(block, rows, b);
+      products_.accumulate(block, next, rows, b, careful);
     }
     return products_.is_finite(rows.all(), b);
   }
@@ -178,14 +178,16 @@ class Decode {
     if (first < end) locate(a_, s, kv_head, first, end, block);
   }
 
-  // b.scores = weights of head h's values. The output so far is to be scaled to the new maxima.
-  void weigh(const Block& block, int64_t h, const TaskRows& rows, Buffers& b) const {
-    const DecodeWeights::Scales scales = weights_.scales_of(block, h);
-    for (int64_t r = h * rows.count; r < (h + 1) * rows.count; ++r) {
-      float* scores = b.scores + r * SCORE_STRIDE;
-      const float factor =
-          weights_.weigh(block, rows.at[r], scales, scores, b.maxima[r], b.sums[r]);
-      products_.take_weights(block, r, factor, b);
+  // b.scores = weights of the values. The output so far is to be scaled to the new maxima.
+  void weigh(const Block& block, const TaskRows& rows, Buffers& b) const {
+    for (int64_t h = 0; h < rows.heads; ++h) {
+      const DecodeWeights::Scales scales = weights_.scales_of(block, h);
+      for (int64_t r = h * rows.count; r < (h + 1) * rows.count; ++r) {
+        float* scores = b.scores + r * SCORE_STRIDE;
+        const float factor =
+            weights_.weigh(block, rows.at[r], scales, scores, b.maxima[r], b.sums[r]);
+        products_.take_weights(block, r, factor, b);
+      }
     }
   }
 

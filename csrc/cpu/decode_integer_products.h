@@ -89,11 +89,9 @@ class DecodeIntegerProducts {
   }
 
   // b.out = b.out * factors + weights . values
-  template <class Weigh>
-  void accumulate(const Block& block, const Block& next, const TaskRows& rows, Buffers& b, bool,
-                  const Weigh& weigh) const {
+  void accumulate(const Block& block, const Block& next, const TaskRows& rows, Buffers& b,
+                  bool) const {
     for_tiles(block, sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
-      if (j == block.first) weigh(h);
       const CacheRows values = sizes_.values(block, j, h);
       Ahead ahead = sizes_.after_values(block, j, end, next, h, rows.heads);
       for (int64_t i = 0; i < rows.count; i += ROWS, ahead = sizes_.nothing(values)) {

@@ -76,14 +76,11 @@ class DecodeProducts {
     }
   }
 
-  // b.out += weights . values. weigh(h) makes head h's weights of its scores, just before they are
-  // needed: what was asked for arrives meanwhile.
-  template <class Weigh>
+  // b.out += weights . values
   void accumulate(const Block& block, const Block& next, const TaskRows& rows, Buffers& b,
-                  bool careful, const Weigh& weigh) const {
+                  bool careful) const {
     const bool expand = expands(rows, careful);
     for_tiles(block, expand ? STEP : sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
-      if (j == block.first) weigh(h);
       CacheRows values = sizes_.values(block, j, h);
       Ahead ahead = sizes_.after_values(block, j, end, next, h, rows.heads);
       if (expand) {
