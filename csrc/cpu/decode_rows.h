@@ -94,7 +94,7 @@ class Ahead {
   void advance(const char* end) {
     left_ -= end - at_;
     at_ = end;
-    while (__builtin_expect(left_ <= 0, 0)) {
+    while (left_ <= 0) {
       row_ += row_ != last_;
       at_ = static_cast<const char*>(*row_) + offset_ - left_;
       left_ += span_;
