@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -74,9 +75,13 @@ class Decode {
       const int64_t end = std::min(begin + works_per_task, works);
       const int64_t first = i % head_parts * sizes_.heads;
       const int64_t heads = std::min(sizes_.heads, a_.kv_heads - first);
+      std::optional<Buffers> buffers;
       for (int64_t w = begin; w < end; ++w) {
         const Work& work = plan_.works[w];
-        run_split(work, first, heads, w + 1 < end ? &plan_.works[w + 1] : nullptr);
+        const bool has_queries = w > begin && plan_.have_same_rows(plan_.works[w - 1], work);
+        if (!has_queries) buffers.emplace(heads * work.rows, sizes_);
+        run_split(work, first, heads, w + 1 < end ? &plan_.works[w + 1] : nullptr, *buffers,
+                  has_queries);
         for (int64_t h = first; h < first + heads; ++h) {
           for (int64_t m = 0; m < work.requests; ++m) {
             const int32_t r = plan_.members[work.first_request + m];
@@ -92,7 +97,8 @@ class Decode {
  private:
   using Buffers = typename Products::Buffers;
 
-  void run_split(const Work& work, int64_t kv_head, int64_t heads, const Work* upcoming) const {
+  void run_split(const Work& work, int64_t kv_head, int64_t heads, const Work* upcoming, Buffers& b,
+                 bool has_queries) const {
     DecodeRow at[MAX_WORK_ROWS];
     float* partials[MAX_WORK_ROWS];
     const int64_t group = group_size(a_);
@@ -110,8 +116,7 @@ class Decode {
       }
     }
     const TaskRows rows{at, heads, work.rows};
-    Buffers b(n, sizes_);
-    for (int64_t r = 0; r < n; ++r) {
+    for (int64_t r = 0; r < n && !has_queries; ++r) {
       const int64_t q = offset(a_, a_.q, at[r].request->sequence, at[r].query, at[r].head);
       products_.take_query(static_cast<const char*>(a_.q.data) + q * element_size(a_.dtype), r, b);
     }

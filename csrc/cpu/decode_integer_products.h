@@ -11,7 +11,7 @@
 
 namespace tilewise {
 
-// For one type of cache; [r - 1] is for r query rows, the first of which transpose STEP keys for the
+// For one type of cache; [r - 1] is for r query rows, the first of which transpose keys for the
 // others.
 struct IntegerLoops {
   decltype(&dot_transposing<int8_t, 1>) dot_transposing[ROWS];
@@ -60,14 +60,17 @@ class DecodeIntegerProducts {
     static constexpr decltype(&dot_transposed<1>) dot_others[ROWS] = {
         dot_transposed<1>, dot_transposed<2>, dot_transposed<3>, dot_transposed<4>};
     for_tiles(block, sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
-      CacheRows keys = sizes_.keys(block, j, h), ahead = sizes_.after_keys(block, end, h);
-      for (; j < end; j += STEP, keys.at += STEP, ahead.at += STEP) {
+      CacheRows keys = sizes_.keys(block, j, h);
+      Ahead ahead = sizes_.after_keys(block, j, end, h, rows.heads);
+      // Other rows take STEP keys while their transposed codes are near.
+      const int64_t step = rows.count > ROWS ? STEP : end - j;
+      for (; j < end; j += step, keys.at += step) {
         for (int64_t i = 0; i < rows.count; i += ROWS) {
           const int64_t r = h * rows.count + i, last = std::min<int64_t>(rows.count - i, ROWS) - 1;
           const char* queries = row_of(b.queries, r, sizes_.k_size);
           float* scores = b.scores + r * SCORE_STRIDE + j;
           if (i == 0) {
-            loops_.dot_transposing[last](queries, sizes_.k_size * 4, keys, ahead, a_.dim,
+            loops_.dot_transposing[last](queries, sizes_.k_size * 4, keys, ahead, step, a_.dim,
                                          b.transposed, scores, SCORE_STRIDE);
           } else {
             dot_others[last](queries, sizes_.k_size * 4, a_.dim, b.transposed, scores,
@@ -90,8 +93,8 @@ class DecodeIntegerProducts {
                   bool) const {
     for_tiles(block, sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
       const CacheRows values = sizes_.values(block, j, h);
-      CacheRows ahead = sizes_.after_values(block, j, end, next, h);
-      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = values) {
+      Ahead ahead = sizes_.after_values(block, j, end, next, h, rows.heads);
+      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = sizes_.nothing(values)) {
         const int64_t r = h * rows.count + i;
         loops_.accumulate[std::min<int64_t>(rows.count - i, ROWS) - 1](
             weights_.at(b.scores + r * SCORE_STRIDE, j), SCORE_STRIDE * 4, values, ahead, end - j,

@@ -126,53 +126,63 @@ struct DigitSums {
   }
 };
 
-// scores[r][j] = queries[r] . keys[j] for STEP keys, whose transposed codes go to `transposed` for
-// other rows: groups of four of all keys, 64 bytes each. As many keys `ahead` are fetched.
+// scores[r][j] = queries[r] . keys[j] for `count` keys, rounded up to 16, whose transposed codes go to
+// `transposed`, the last 16 at the end: groups of four of all keys, 64 bytes each. As many bytes
+// `ahead` are fetched; pointers to 16 more keys exist.
+//
+// While a quarter of a line is multiplied the next one is loaded: out of order, the processor does not
+// look far enough ahead.
 template <class KV, int R>
-void dot_transposing(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
-                     int64_t dim, void* transposed, float* scores, int64_t score_stride) {
+void dot_transposing(const void* queries, int64_t query_bytes, CacheRows keys, Ahead& ahead,
+                     int64_t count, int64_t dim, void* transposed, float* scores,
+                     int64_t score_stride) {
   constexpr bool IS_INT4 = std::is_same<KV, Int4>::value;
-  constexpr int64_t LINE = 64, PART = 32;  // bytes: a row is whole parts
+  constexpr int64_t PART = 16;  // bytes: a row is whole parts
   const int64_t groups = dim / 4, bytes = IS_INT4 ? dim / 2 : dim;
-  const int64_t fetched = bytes < LINE ? F32::WIDTH : F32::WIDTH / 2;  // rows with each part
   auto* to = static_cast<__m512i*>(transposed);
-  DigitSums<R> sums(queries, query_bytes);
-  for (int64_t c = 0; c < bytes; c += PART) {
-    const int64_t first = c % LINE ? fetched : 0;
-    for (int64_t i = first; i < first + fetched; ++i) {
-      fetch(keys.row<char>(F32::WIDTH + i), ahead.row<char>(i), c / LINE * LINE);
-    }
-    // Otherwise compilers keep the 16 pointers in vector registers, and pay to get them back.
-    asm volatile("" : : : "memory");
-    I32 rows[2][4];  // of keys i, i + 4, i + 8 and i + 12
+  Ahead fetched = ahead;
+  I32 next[4];  // of keys i, i + 4, i + 8 and i + 12
+  const auto load = [&](int i, CacheRows from, int64_t c) __attribute__((always_inline)) {
+    next[i] = load_quarters(from.row<char>(i) + c, from.row<char>(i + 4) + c,
+                            from.row<char>(i + 8) + c, from.row<char>(i + 12) + c);
+  };
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const char *a = keys.row<char>(i) + c, *b = keys.row<char>(i + 4) + c;
-      const char *x = keys.row<char>(i + 8) + c, *y = keys.row<char>(i + 12) + c;
-      rows[0][i] = load_quarters(a, b, x, y);
-      rows[1][i] = load_quarters(a + 16, b + 16, x + 16, y + 16);
-    }
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      transpose_quarters(rows[half]);
+  for (int i = 0; i < 4; ++i) load(i, keys, 0);
+  transpose_quarters(next);
+  for (int64_t j = 0; j < count; j += F32::WIDTH) {
+    DigitSums<R> sums(queries, query_bytes);
+    const CacheRows following = {keys.at + F32::WIDTH, keys.offset};
+    for (int64_t c = 0; c < bytes; c += PART) {
+      const bool is_last = c + PART == bytes;
+      const CacheRows from = is_last ? following : keys;
+      I32 rows[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) rows[i] = next[i];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int64_t group = c / 4 + half * 4 + i;
+        const int64_t group = c / 4 + i;
+        // Otherwise compilers keep the pointers in vector registers, and pay to get them back.
+        asm volatile("" : : : "memory");
+        fetched.fetch_line();
+        load(i, from, is_last ? 0 : c + PART);
         const auto take = [&](I32 codes, int64_t g) __attribute__((always_inline)) {
           to[g] = codes.v;
           sums.add(codes, g);
         };
         if (IS_INT4) {
           const I32 nibble = I32::all(0x0f0f0f0f);
-          take(rows[half][i] & nibble, group);
-          take((rows[half][i] >> 4) & nibble, groups / 2 + group);
+          take(rows[i] & nibble, group);
+          take((rows[i] >> 4) & nibble, groups / 2 + group);
         } else {
-          take(rows[half][i] ^ I32::all(static_cast<int>(0x80808080u)), group);
+          take(rows[i] ^ I32::all(static_cast<int>(0x80808080u)), group);
         }
       }
+      transpose_quarters(next);
     }
+    sums.store_scores(to, groups, scores + j, score_stride);
+    keys = following;
   }
-  sums.store_scores(to, groups, scores, score_stride);
+  ahead = fetched;
 }
 
 // The same for keys that are transposed already.

@@ -43,13 +43,13 @@ struct BFloat16Pairs {
 // the processor's queues. So the next keys are converted first. Sums of a single row are of 16 keys,
 // and leave no registers for that.
 template <int R>
-void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
-               int64_t count, int64_t dim, float* scores, int64_t score_stride) {
+void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead, int64_t count,
+               int64_t dim, float* scores, int64_t score_stride) {
   constexpr int J = keys_together(R);
   constexpr bool IS_EARLY = R > 1;
   const auto* q = static_cast<const BFloat16*>(queries);
   const int64_t query_stride = query_bytes / sizeof(BFloat16);
-  const Float8 *key[J], *near[J], *far[J];
+  const Float8 *key[J], *near[J];
   Pairs k[J];
   const auto convert = [&](const Float8* const* rows, int64_t d) {
     for (int c = 0; c < J; c += 2) load_pairs(rows[c] + d, rows[c + 1] + d, k[c], k[c + 1]);
@@ -62,11 +62,16 @@ void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, CacheRo
     for (int c = 0; c < J; ++c) {
       key[c] = near[c];
       near[c] = keys.row<Float8>(j + J + c);
-      far[c] = ahead.row<Float8>(j + c);
     }
+    const char* far = ahead.at();
     for (int64_t d = 0;;) {
       if (!IS_EARLY) convert(key, d);
-      for (int c = 0; c < J; ++c) fetch(near[c], far[c], d);
+      for (int c = 0; c < J; ++c) {
+        fetch_near(near[c], d);
+        if (!begins_line<Float8>(c * Pairs::WIDTH)) continue;
+        _mm_prefetch(far, _MM_HINT_T1);
+        far += Ahead::LINE;
+      }
       for (int r = 0; r < R; ++r) {
         const Pairs x = held(load_pairs(q + r * query_stride + d));
         for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
@@ -75,6 +80,7 @@ void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, CacheRo
       if (d == dim) break;
       if (IS_EARLY) convert(key, d);
     }
+    ahead.advance(far);
     if (IS_EARLY) convert(near, 0);
     store_reduced<R>(sums, scores + j, score_stride);
   }

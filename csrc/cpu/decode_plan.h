@@ -1,6 +1,7 @@
 // What decode attention has to do: which splits of which requests, and which of them are the same.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -35,6 +36,12 @@ struct Work {
 
 struct DecodePlan {
   DecodePlan(const Attention& a, const Sequence* sequences, int64_t count);
+
+  bool have_same_rows(const Work& a, const Work& b) const {
+    const auto first = members.begin() + a.first_request;
+    return a.first_row == b.first_row && a.rows == b.rows && a.requests == b.requests &&
+           std::equal(first, first + a.requests, members.begin() + b.first_request);
+  }
 
   std::vector<Request> requests;
   std::vector<int32_t> members;  // indices of requests

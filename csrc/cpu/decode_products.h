@@ -47,15 +47,18 @@ class DecodeProducts {
   void score(const Block& block, const TaskRows& rows, Buffers& b, bool careful) const {
     const bool expand = expands(rows, careful);
     for_tiles(block, expand ? STEP : sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
-      CacheRows keys = sizes_.keys(block, j, h), ahead = sizes_.after_keys(block, end, h);
+      CacheRows keys = sizes_.keys(block, j, h);
+      Ahead ahead = sizes_.after_keys(block, j, end, h, rows.heads);
       if (expand) {
         for (int64_t i = 0; i < STEP; ++i) {
           loops_.expand(keys.row<char>(i), a_.dim, row_of(b.others, i, sizes_.k_size));
+          fetch_row(ahead, sizes_.k_bytes);
         }
         keys = {b.k_tile, 0};
+        ahead = sizes_.nothing(keys);
       }
       const RowLoops& loops = expand ? expanded_loops_ : loops_;
-      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = keys) {
+      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = sizes_.nothing(keys)) {
         const int64_t r = h * rows.count + i;
         loops.dot[std::min<int64_t>(rows.count - i, ROWS) - 1](
             row_of(b.queries, r, sizes_.k_size), sizes_.k_size * 4, keys, ahead, end - j,
@@ -79,13 +82,17 @@ class DecodeProducts {
     const bool expand = expands(rows, careful);
     for_tiles(block, expand ? STEP : sizes_.tile, rows.heads, [&](int64_t j, int64_t end, int64_t h) {
       CacheRows values = sizes_.values(block, j, h);
-      CacheRows ahead = sizes_.after_values(block, j, end, next, h);
+      Ahead ahead = sizes_.after_values(block, j, end, next, h, rows.heads);
       if (expand) {
-        for (int64_t i = 0; i < STEP; ++i) expand_value(block, j, i, h, rows, b, careful);
+        for (int64_t i = 0; i < STEP; ++i) {
+          expand_value(block, j, i, h, rows, b, careful);
+          fetch_row(ahead, sizes_.v_bytes);
+        }
         values = {b.v_tile, 0};
+        ahead = sizes_.nothing(values);
       }
       const RowLoops& loops = expand ? expanded_loops_ : loops_;
-      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = values) {
+      for (int64_t i = 0; i < rows.count; i += ROWS, ahead = sizes_.nothing(values)) {
         const int64_t r = h * rows.count + i;
         loops.accumulate[std::min<int64_t>(rows.count - i, ROWS) - 1](
             weights_.at(b.scores + r * SCORE_STRIDE, j), SCORE_STRIDE * 4, values, ahead, end - j,
@@ -115,6 +122,10 @@ class DecodeProducts {
     const bool is_cheap = arithmetic_of(a_) == Arithmetic::pairs || element_size(a_.kv_dtype) > 1;
     const int64_t few = (is_cheap ? 8 : 2) * ROWS;
     return careful || (rows.count > few && !loops_.is_expanded);
+  }
+
+  static void fetch_row(Ahead& ahead, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += Ahead::LINE) ahead.fetch_line();
   }
 
   // Value j + i of a block to row i of b.v_tile. With care, a row that is not finite becomes zero, and

@@ -66,21 +66,63 @@ bool expand_row(const void* row, int64_t dim, void* expanded) {
   return reduce_add(zeros) == 0.0f;
 }
 
-// Behind the row that is being loaded come two that are fetched, each with the same elements: a near
-// one to the first-level cache, and one of the next tile to the second level. From memory straight to
-// the first level would be too much: it holds too few lines, and too few of its misses can be under
-// way. Asked for in bursts they would fill the buffers for misses and hold up the loads behind.
-//
-// Inline before all else: GCC takes a function that only prefetches for one without effects, and
-// leaves its calls out.
-template <class T>
-__attribute__((always_inline)) inline void fetch(const T* near, const T* far, int64_t elements) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  if (std::is_same<T, Nibble<1>>::value) return;  // of the same bytes as Nibble<0>
-  if (sizeof(T) > 1 || elements % LINE == 0) {
-    _mm_prefetch(near + elements, _MM_HINT_T0);
-    _mm_prefetch(far + elements, _MM_HINT_T1);
+// Memory that is asked for, for the second-level cache, while something else is read: `span` bytes of
+// each row, `offset` behind its pointer, one row after the other as far as `last`.
+class Ahead {
+ public:
+  static constexpr int64_t LINE = 64;  // of caches
+
+  Ahead() = default;  // of who fetches nothing
+  // From the byte `begin` of the first row's on.
+  Ahead(const void* const* row, const void* const* last, int64_t offset, int64_t span, int64_t begin)
+      : at_(static_cast<const char*>(*row) + offset + begin),
+        left_(span - begin),
+        row_(row),
+        last_(last),
+        offset_(offset),
+        span_(span) {}
+
+  // Inline before all else: GCC takes a function that only prefetches for one without effects, and
+  // leaves its calls out.
+  __attribute__((always_inline)) inline void fetch_line() {
+    _mm_prefetch(at_, _MM_HINT_T1);
+    advance(at_ + LINE);
   }
+
+  // For who has no registers for all of this: what to fetch is at `at`, and was, as far as `end`.
+  const char* at() const { return at_; }
+  void advance(const char* end) {
+    left_ -= end - at_;
+    at_ = end;
+    while (left_ <= 0) {
+      row_ += row_ != last_;
+      at_ = static_cast<const char*>(*row_) + offset_ - left_;
+      left_ += span_;
+    }
+  }
+
+ private:
+  const char* at_;
+  int64_t left_;  // of the row
+  const void* const *row_, *const *last_;
+  int64_t offset_, span_;
+};
+
+// Whether a line begins at element `i` of a step's STEP, where `before` were taken before.
+template <class T, int STEP = 0>
+inline constexpr bool begins_line(int64_t i, int64_t before = 0) {
+  if (std::is_same<T, Nibble<1>>::value) return false;  // of the same bytes as Nibble<0>
+  constexpr bool has_whole_lines = STEP * sizeof(T) % Ahead::LINE == 0;
+  return (has_whole_lines ? i : before + i) * sizeof(T) % Ahead::LINE == 0;
+}
+
+// With every load, two places are asked for: of a row a little further on, into the first-level cache
+// (here), and of the next tile. From memory straight to the first level would be too much: it holds
+// too few lines, and too few of its misses can be under way. Asked for in bursts they would fill the
+// buffers for misses and hold up the loads behind.
+template <class T>
+__attribute__((always_inline)) inline void fetch_near(const T* row, int64_t d) {
+  if (sizeof(T) > 1 || begins_line<T>(d)) _mm_prefetch(row + d, _MM_HINT_T0);
 }
 
 constexpr int NEAR_VALUES = 4;  // rows
@@ -123,10 +165,10 @@ inline void store_reduced(const F32* sums, float* scores, int64_t score_stride) 
 }
 
 // scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
-// F32::WIDTH behind `count`, and fetches as many rows `ahead`; pointers to F32::WIDTH more keys exist.
+// F32::WIDTH behind `count`, and fetches as many bytes `ahead`; pointers to F32::WIDTH more keys exist.
 // Query rows are `query_bytes` apart.
 template <class P, class KV, int R, bool FETCHES = true>
-void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead,
                   int64_t count, int64_t dim, float* scores, int64_t score_stride) {
   constexpr int J = keys_together(R), W = F32::WIDTH;
   const int64_t query_stride = query_bytes / sizeof(typename P::Element);
@@ -135,25 +177,30 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Cach
     for (int i = 0; i < W; ++i) sums[i] = F32::zero();
     for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
       using T = decltype(tag);
-      const T *key[J], *near[J], *far[J];
+      const T *key[J], *near[J];
       for (int c = 0; c < J; ++c) {
         key[c] = keys.row<T>(j + c);
         near[c] = FETCHES ? keys.row<T>(j + J + c) : nullptr;
-        far[c] = FETCHES ? ahead.row<T>(j + c) : nullptr;
       }
       const auto* q = static_cast<const typename P::Element*>(queries) + begin;
+      const char* far = ahead.at();
       int64_t d = 0;
       for (; d + P::WIDTH <= n; d += P::WIDTH) {
         typename P::Vector k[J];
         for (int c = 0; c < J; ++c) {
           k[c] = P::read(key[c] + d, 0);
-          if (FETCHES) fetch(near[c], far[c], d);
+          if (FETCHES) fetch_near(near[c], d);
+          if (FETCHES && begins_line<T, J * P::WIDTH>(c * P::WIDTH, d * J)) {
+            _mm_prefetch(far, _MM_HINT_T1);
+            far += Ahead::LINE;
+          }
         }
         for (int r = 0; r < R; ++r) {
           const auto x = held(P::query(q + r * query_stride + d));
           for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
         }
       }
+      if (FETCHES) ahead.advance(far);
       if constexpr (P::KEYS == 1) {
         if (d == n) return;
         for (int c = 0; c < J; ++c) {
@@ -175,19 +222,21 @@ constexpr auto dot_loop = &dot_products<P, KV, R>;
 // D vectors, from which compilers see what is to be fetched.
 template <class P, class T, int R, int D>
 inline void accumulate_vectors(const typename P::Element* weights, int64_t weight_stride,
-                               CacheRows values, CacheRows ahead, int64_t count, int64_t d,
+                               CacheRows values, Ahead& ahead, int64_t count, int64_t d,
                                int tail, typename P::SumElement* out, int64_t out_stride) {
   constexpr int W = F32::WIDTH, N = D * P::KEYS;
   if (d % (D * P::WIDTH) != 0) __builtin_unreachable();
+  Ahead far = ahead;  // in registers
   typename P::Sum sums[R * N];
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) sums[i] = load(out + i / N * out_stride + i % N * W);
   for (int64_t j = 0; j < count; j += P::KEYS) {
     typename P::Vector v[N];
     P::template read_values<T, D>({values.at + j, values.offset}, d, tail, v);
-    for (int64_t i = j; i < j + P::KEYS; ++i) {
-      const T *near = values.row<T>(i + NEAR_VALUES), *far = ahead.row<T>(i);
-      for (int c = 0; c < D; ++c) fetch(near, far, d + c * P::WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      fetch_near(values.row<T>(j + i / D + NEAR_VALUES), d + i % D * P::WIDTH);
+      if (begins_line<T, N * P::WIDTH>(i * P::WIDTH, j * D * P::WIDTH)) far.fetch_line();
     }
     for (int r = 0; r < R; ++r) {
       const auto weight = P::weight(weights + r * weight_stride + j);
@@ -196,6 +245,7 @@ inline void accumulate_vectors(const typename P::Element* weights, int64_t weigh
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * N; ++i) store(out + i / N * out_stride + i % N * W, sums[i]);
+  ahead = far;
 }
 
 // out[r] += sum over j < count of weights[r][j] * values[j]; rows of weights are `weight_bytes` apart,
@@ -203,7 +253,7 @@ inline void accumulate_vectors(const typename P::Element* weights, int64_t weigh
 // whose weight is zero. Pointers to NEAR_VALUES + 1 more exist.
 template <class P, class KV, int R>
 void accumulate_products(const void* weights, int64_t weight_bytes, CacheRows values,
-                         CacheRows ahead, int64_t count, int64_t dim, void* out,
+                         Ahead ahead, int64_t count, int64_t dim, void* out,
                          int64_t out_stride) {
   constexpr int D = P::depth(R);
   using Element = typename P::Element;
@@ -227,7 +277,7 @@ void accumulate_products(const void* weights, int64_t weight_bytes, CacheRows va
 
 // Without a cache around them, as the quantized products use them.
 template <class KV, int R, bool FETCHES>
-inline void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, CacheRows ahead,
+inline void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead,
                      int64_t count, int64_t dim, float* scores, int64_t score_stride) {
   dot_products<Floats, KV, R, FETCHES>(queries, query_bytes, keys, ahead, count, dim, scores,
                                        score_stride);

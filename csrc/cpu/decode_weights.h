@@ -64,7 +64,7 @@ class DecodeWeights {
     const int first = static_cast<int>(clamp(row.span.first - block.begin, begin, end));
     const int last = static_cast<int>(clamp(row.span.end - block.begin, begin, block.count));
     if (first >= last) {
-      for (int j = begin; j < end; j += W) store_weights(scores, j, F32::zero());
+      for (int j = begin; j < end; j += W) store_weights(arithmetic_, scores, j, F32::zero());
       return 1.0f;
     }
     alignas(64) float bias[BLOCK];
@@ -81,15 +81,16 @@ class DecodeWeights {
     const F32 slope = F32::all(
         has_alibi ? a_.alibi_slopes[s.index * a_.alibi_batch_stride + row.head] : 0.0f);
     const float distance = static_cast<float>(s.position(row.query) - block.begin);
-    const F32 softcap = F32::all(a_.softcap);
+    const F32 scale = F32::all(a_.scale), softcap = F32::all(a_.softcap);
+    const bool has_softcap = a_.softcap > 0, has_scales = a_.k.scale;
 
     F32 maximum = F32::all(-INFINITY);
     for (int j = begin; j < end; j += W) {
-      F32 x = load(scores + j) * F32::all(a_.scale);
-      if (a_.k.scale) x = x * load(scales.k + j);
+      F32 x = load(scores + j) * scale;
+      if (has_scales) x = x * load(scales.k + j);
       // Infinity here comes from a query or a key that is not finite, which means NaN.
       x = fma(x, F32::zero(), x);
-      if (a_.softcap > 0) x = softcap * tanh(x / softcap);
+      if (has_softcap) x = softcap * tanh(x / softcap);
       if (has_alibi) x = x - slope * abs(F32::all(distance - static_cast<float>(j)) - lanes());
       if (has_bias) {
         const F32 y = load(bias + j);
@@ -104,15 +105,16 @@ class DecodeWeights {
     const float new_maximum = std::max(old_maximum, reduce_max(maximum));
     const F32 shift = F32::all(new_maximum == -INFINITY ? 0.0f : new_maximum);
     F32 sum = F32::zero();
+    const Arithmetic arithmetic = arithmetic_;
     for (int j = begin; j < end; j += W) {
       const F32 score = load(scores + j);
       F32 weight = exp2_below_one((score - shift) * F32::all(LOG2E));
       sum = sum + weight;
-      if (a_.v.scale) weight = weight * load(scales.v + j);
-      if (arithmetic_ == Arithmetic::integers) {
+      if (has_scales) weight = weight * load(scales.v + j);
+      if (arithmetic == Arithmetic::integers) {
         weight = select_equal(score, F32::all(-INFINITY), F32::zero(), weight);
       }
-      store_weights(scores, j, weight);
+      store_weights(arithmetic, scores, j, weight);
     }
     float factor = 1.0f;
     if (new_maximum != old_maximum) {
@@ -140,8 +142,8 @@ class DecodeWeights {
   }
 
   // Never reaches a score that has not been read: a weight is no wider.
-  void store_weights(float* scores, int64_t j, F32 weights) const {
-    if (arithmetic_ == Arithmetic::pairs) {
+  static void store_weights(Arithmetic arithmetic, float* scores, int64_t j, F32 weights) {
+    if (arithmetic == Arithmetic::pairs) {
       store_flushed(reinterpret_cast<BFloat16*>(scores) + j, weights);
     } else {
       store(scores + j, weights);
