@@ -32,8 +32,8 @@ struct Recorded<OPERATOR> {
   }
 };
 
-// Runs a kernel on what describes its call, or records that. A recording keeps the tensors that the description points
-// to, and a replay asks them for nothing.
+// Runs a kernel on what describes its call, or records that. A recording keeps the tensors that the
+// description points to, and a replay asks them for nothing.
 template <auto KERNEL, class Call, class... Tensors>
 void run_kernel(const Call& call, const Upcoming& reads, const Tensors&... tensors) {
   if (is_recording()) {

@@ -146,7 +146,7 @@ class Decoder:
         self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=device)
         self._attempts = 0
         self._graph: CpuGraph | None = None
-        self._requests: Mapping[str, str] = {}
+        self._circumstances: tuple[object, ...] = ()
         self._result = torch.empty(0)
         self.why_not_recorded: str | None = None
 
@@ -251,10 +251,16 @@ class Decoder:
                 self.why_not_recorded = str(error)
             else:
                 self.why_not_recorded = None
-                self._requests = requests()
+                self._circumstances = _circumstances()
 
     def _recorded(self) -> CpuGraph | None:
         """The recording, if there can be one and calls would choose the same backends now."""
         if self._graph is None:
             self._record()
-        return self._graph if self._requests == requests() else None
+        return self._graph if self._circumstances == _circumstances() else None
+
+
+def _circumstances() -> tuple[object, ...]:
+    """What decides, besides its arguments, which kernels a step calls: backends and autocast."""
+    is_cast = torch.is_autocast_enabled("cpu")
+    return requests(), torch.get_autocast_dtype("cpu") if is_cast else None

@@ -73,7 +73,12 @@ def test_another_backend_is_not_recorded(gpt):
 
 
 @needs_cpu
-def test_a_recording_is_not_replayed_under_another_backend(gpt, monkeypatch):
+@pytest.mark.parametrize(
+    "elsewhere",
+    [lambda: tilewise.use_backend("naive"), lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["backend", "autocast"],
+)
+def test_a_recording_is_not_replayed_where_other_kernels_would_run(gpt, monkeypatch, elsewhere):
     config = gpt.config
     cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
     sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
@@ -83,7 +88,7 @@ def test_a_recording_is_not_replayed_under_another_backend(gpt, monkeypatch):
     monkeypatch.setattr(gpt, "forward", lambda *args: called.append(args) or torch.zeros(1, 1))
     decoder.step([sequence], [4])
     assert not called
-    with tilewise.use_backend("naive"):
+    with elsewhere():
         decoder.step([sequence], [5])
     assert called
 
