@@ -64,8 +64,8 @@ class RowBlocks {
   static constexpr float SMALLEST = 0x1p-100f;  // scale whose digits and inverse are normal
   static_assert(W == TOGETHER && STRIP == 2 * W, "a lane for every strip, and half a strip a vector");
 
-  // The scale of the first digit of every strip, and some zeros; NaN where an element is not finite. False if any is
-  // not normal.
+  // The scale of the first digit of every strip, and zeros behind them; NaN where an element is not
+  // finite. False if any is not normal.
   bool find_scales(const float* x, int64_t strips, float* scales) const {
     for (int64_t s = 0; s < strips; s += TOGETHER) {
       F32 most[TOGETHER];
@@ -92,7 +92,8 @@ class RowBlocks {
     return is_normal;
   }
 
-  // `count` strips of row m from strip `first` on; x holds an even number of strips, and `scales` TOGETHER.
+  // `count` strips of row m from strip `first` on; x holds an even number of strips, and `scales`
+  // TOGETHER.
   void split(const float* x, const float* scales, bool is_normal, int64_t m, int64_t first,
              int count) {
     constexpr float LAST = DIGITS == 1 ? 1 : DIGITS == 2 ? DIGIT_BASE : DIGIT_BASE * DIGIT_BASE;

@@ -79,9 +79,10 @@ inline void reduce_halves(const I32 (&a)[8], I32 (&sums)[2]) {
     const I32 y = I32(_mm512_unpacklo_epi32(b[2].v, b[3].v)) + _mm512_unpackhi_epi32(b[2].v, b[3].v);
     fours[i] = (I32(_mm512_unpacklo_epi64(x.v, y.v)) + _mm512_unpackhi_epi64(x.v, y.v)).v;
   }
-  const __m512i first = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
-  sums[0] = _mm512_permutex2var_epi32(fours[0], first, fours[1]);
-  sums[1] = _mm512_permutex2var_epi32(fours[0], _mm512_add_epi32(first, _mm512_set1_epi32(4)), fours[1]);
+  const __m512i low = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+  sums[0] = _mm512_permutex2var_epi32(fours[0], low, fours[1]);
+  sums[1] = _mm512_permutex2var_epi32(fours[0], high, fours[1]);
 }
 
 // Lane by lane a and b in bfloat16, a in the lower half. What is subnormal becomes zero.
