@@ -63,6 +63,7 @@ void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, Ahead a
       key[c] = near[c];
       near[c] = keys.row<Float8>(j + J + c);
     }
+    const int64_t step = ahead.step(J * dim);
     const char* far = ahead.at();
     for (int64_t d = 0;;) {
       if (!IS_EARLY) convert(key, d);
@@ -70,7 +71,7 @@ void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, Ahead a
         fetch_near(near[c], d);
         if (!begins_line<Float8>(c * Pairs::WIDTH)) continue;
         _mm_prefetch(far, _MM_HINT_T1);
-        far += Ahead::LINE;
+        far += step;
       }
       for (int r = 0; r < R; ++r) {
         const Pairs x = held(load_pairs(q + r * query_stride + d));

@@ -89,7 +89,14 @@ class Ahead {
     advance(at_ + LINE);
   }
 
-  // For who has no registers for all of this: what to fetch is at `at`, and was, as far as `end`.
+  // For who has no registers for all of this: what to fetch is at `at`, line by line, and was, as far
+  // as `end`. `step` is from one line to the next of as many bytes; 0 where the rows are shorter, and
+  // apart: then they have been fetched, and `at` is what comes next.
+  __attribute__((always_inline)) inline int64_t step(int64_t bytes) {
+    if (bytes <= span_ || row_ == last_ || apart(row_) == span_) return LINE;
+    for (int64_t i = 0; i < bytes; i += LINE) fetch_line();
+    return 0;
+  }
   const char* at() const { return at_; }
   void advance(const char* end) {
     left_ -= end - at_;
@@ -102,6 +109,10 @@ class Ahead {
   }
 
  private:
+  static int64_t apart(const void* const* rows) {
+    return static_cast<const char*>(rows[1]) - static_cast<const char*>(rows[0]);
+  }
+
   const char* at_;
   int64_t left_;  // of the row
   const void* const *row_, *const *last_;
@@ -183,6 +194,8 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahea
         near[c] = FETCHES ? keys.row<T>(j + J + c) : nullptr;
       }
       const auto* q = static_cast<const typename P::Element*>(queries) + begin;
+      constexpr int64_t FETCHED = begins_line<T>(0) ? sizeof(T) : 0;
+      const int64_t step = FETCHES ? ahead.step(J * n * FETCHED) : 0;
       const char* far = ahead.at();
       int64_t d = 0;
       for (; d + P::WIDTH <= n; d += P::WIDTH) {
@@ -192,7 +205,7 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahea
           if (FETCHES) fetch_near(near[c], d);
           if (FETCHES && begins_line<T, J * P::WIDTH>(c * P::WIDTH, d * J)) {
             _mm_prefetch(far, _MM_HINT_T1);
-            far += Ahead::LINE;
+            far += step;
           }
         }
         for (int r = 0; r < R; ++r) {
