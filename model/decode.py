@@ -254,7 +254,7 @@ class Decoder:
                 self._circumstances = _circumstances()
 
     def _recorded(self) -> CpuGraph | None:
-        """The recording, if there can be one and calls would choose the same backends now."""
+        """The recording, if there can be one and the model would call the same kernels now."""
         if self._graph is None:
             self._record()
         return self._graph if self._circumstances == _circumstances() else None

@@ -114,12 +114,12 @@ class Attention(nn.Module):
         positions: torch.Tensor,  # x's shape without dim
         rotary: RotaryTables | None,
         paged: PagedBatch | None,
-        only_last: bool,
+        last: torch.Tensor | None,  # the tokens whose output is wanted; None for all
     ) -> torch.Tensor:
         q, k, v = project_heads(self.qkv, x, self.heads, self.head_dim)
         asking = positions
-        if only_last and paged is not None:
-            q, asking = q[paged.last], positions[paged.last]
+        if last is not None:
+            q, asking = q[last], positions[last]
         if self.has_head_norms:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
@@ -147,7 +147,7 @@ class Attention(nn.Module):
                 cache.v,
                 paged.block_table,
                 paged.cache_seqlens,
-                cu_seqlens_q=None if only_last else paged.cu_seqlens_q,
+                cu_seqlens_q=paged.cu_seqlens_q if last is None else None,
                 k_scale=cache.k_scale,
                 v_scale=cache.v_scale,
                 causal=True,
@@ -178,7 +178,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each behind a norm.
 
-    With `only_last` all new tokens enter the cache, but only the last of each sequence goes on.
+    All new tokens enter the cache; with `last`, the last of each sequence, only these go on.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -195,12 +195,12 @@ class Block(nn.Module):
         positions: torch.Tensor,
         rotary: RotaryTables | None,
         paged: PagedBatch | None,
-        only_last: bool = False,
+        last: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, stream = self.attention_norm(delta, stream)
-        attended = self.attention(x, positions, rotary, paged, only_last)
-        if only_last and paged is not None:
-            stream = stream[paged.last]
+        attended = self.attention(x, positions, rotary, paged, last)
+        if last is not None:
+            stream = stream[last]
         x, stream = self.ffn_norm(attended, stream)
         return self.ffn(x), stream
 
@@ -293,8 +293,8 @@ class GPT(nn.Module):
             rotary = self._rotary_tables(length, token_ids.device)
         has_prompts = paged is not None and paged.cu_seqlens_q is not None
         for block in self.blocks:
-            only_last = has_prompts and block is self.blocks[-1]
-            delta, stream = block(delta, stream, positions, rotary, paged, only_last)
+            last = paged.last if has_prompts and block is self.blocks[-1] else None
+            delta, stream = block(delta, stream, positions, rotary, paged, last)
         x, _ = self.norm(delta, stream)
         return self.head(x)
 
