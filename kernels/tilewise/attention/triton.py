@@ -77,13 +77,16 @@ _FORWARD_FLOAT32: Table = {
 }
 """float32 is multiplied without tensor cores, and operands take twice the room."""
 
-_BACKWARD: dict[str, Table] = {
+# Of the backward pass there are two kernels: a program of one holds m queries, one of the other n
+# keys, for which it has two sums.
+_GRAD_QUERIES: dict[str, Table] = {
     "sm_80": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "sm_86": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "sm_90": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
     "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
 }
+_GRAD_KEYS = _GRAD_QUERIES
 _BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
 
 
@@ -353,23 +356,30 @@ def _gradients(
             BLOCK=block,
         )
         is_plain = slopes is None and added is None and softcap == 0
-        blocks = _blocks(q, v_dim, "backward", _BACKWARD, _BACKWARD_FLOAT32, is_plain=is_plain)
         ends = (cu_seqlens_q, cu_seqlens_k)
         options = (scale, softcap, window_left, 0 if causal else window_right)
-        constants = _constants(q, k, v, added, softcap) | blocks
+        constants = _constants(q, k, v, added, softcap)
+
+        def blocks_for(name: str, tables: dict[str, Table]) -> dict[str, int]:
+            return _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
+
+        blocks = blocks_for("grad of queries", _GRAD_QUERIES)
         gpu.launch(
             kernels.grad_queries,
             _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
             *(q, k, v, grad_out, lse, delta, grad_q, scores),
             *(*ends, slopes, added, *layout, *options),
             **constants,
+            **blocks,
         )
+        blocks = blocks_for("grad of keys", _GRAD_KEYS)
         gpu.launch(
             kernels.grad_keys,
             _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
             *(q, k, v, grad_out, lse, delta, grad_k, grad_v),
             *(*ends, slopes, added, *layout, *options),
             **constants,
+            **blocks,
         )
     grad_sinks, grad_bias = q.new_empty(0), q.new_empty(0)
     if sinks is not None and sink_logits is not None:

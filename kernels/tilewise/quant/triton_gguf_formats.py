@@ -22,21 +22,6 @@ from tilewise.quant.triton_bytes import (
 
 
 @triton.jit
-def _block_bytes(FORMAT: tl.constexpr):
-    if FORMAT == "Q4_0":
-        return 18
-    elif FORMAT == "Q4_1":
-        return 20
-    elif FORMAT == "Q5_0":
-        return 22
-    elif FORMAT == "Q5_1":
-        return 24
-    else:
-        tl.static_assert(FORMAT == "Q8_0")
-        return 34
-
-
-@triton.jit
 def block_codes(
     data,
     rows,
@@ -54,7 +39,8 @@ def block_codes(
     HAS_FIFTH: tl.constexpr = FORMAT == "Q5_0" or FORMAT == "Q5_1"
     CODES: tl.constexpr = BITS + 4 if HAS_FIFTH else BITS
     BLOCKS: tl.constexpr = BLOCK_K // 32
-    BYTES: tl.constexpr = _block_bytes(FORMAT)
+    CODE_BYTES: tl.constexpr = 32 if FORMAT == "Q8_0" else 16
+    BYTES: tl.constexpr = CODES + CODE_BYTES
     start = rows * row_bytes
     number = k // 32 + tl.arange(0, BLOCKS)
     inside = (number * 32 < K)[None, :]
