@@ -152,9 +152,9 @@ def _attention(dtype=torch.bfloat16, **options):
     tilewise.flash_attention(x, x, x, **options, backend="triton")
 
 
-def _product(rows):
-    weight = tilewise.quantize(torch.ones(64, 256), "int4", search="minmax")
-    x = torch.zeros(rows, 256, dtype=torch.bfloat16)
+def _product(rows, scheme="int8", dtype=torch.bfloat16):
+    weight = tilewise.quantize(torch.ones(64, 256), scheme, search="minmax")
+    x = torch.zeros(rows, 256, dtype=dtype)
     tilewise.quantized_matmul(x, weight, backend="triton")
 
 
@@ -175,11 +175,12 @@ def _decode():
     ("call", "size"),
     [
         (_attention, "BLOCK_N"),
-        (lambda: _product(1), "BLOCK_N"),
+        (lambda: _product(1, dtype=torch.float32), "BLOCK_N"),
         (lambda: _product(9), "BLOCK_N"),
+        (lambda: _product(1, "int4"), "BLOCK_N"),
         (_decode, "N"),
     ],
-    ids=["attention", "vector", "matrix", "paged"],
+    ids=["attention", "vector", "matrix", "packed", "paged"],
 )
 def test_the_kernels_launch_with_what_is_tried(call, size):
     with gpu.compiling_for("sm_90"), tuning.trying({}) as asked:

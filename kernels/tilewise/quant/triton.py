@@ -1,8 +1,9 @@
 """The Triton backend of products with quantized weights: which kernel for how many rows.
 
-A few rows take `vector`, which reads the weight once and multiplies without tensor cores. More take
-`matmul`, which unpacks a tile of the weight for each tile of x. Where that would be done too often,
-the weight is unpacked once, into x's dtype, and PyTorch multiplies: its result is float32, so that
+Most products take `matmul`, which unpacks a tile of the weight for each tile of x, and those of
+int4 weights in 16 bits `matmul_packed`, which unpacks faster. A few rows in float32 take `vector`,
+which reads the weight once and multiplies without tensor cores. Where a weight would be unpacked
+too often, that is done once, into x's dtype, and PyTorch multiplies: its result is float32, so that
 `finish` still rounds once, unless nothing follows and PyTorch's one rounding is the same.
 
 With `act`, codes of x are multiplied with those of the weight (`triton_activations.py`), or x is
@@ -152,7 +153,7 @@ def _matmul(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """x (M, K) times a plain weight (N, K), contiguous, into `out`."""
     if out.numel():
-        _split(x, weight, NOTHING, out, configs.tile_for(x, len(x)), is_vector=False)
+        _split(x, weight, NOTHING, out, configs.tile_for(x, len(x)), kind="matrix")
 
 
 def _run(
@@ -163,7 +164,8 @@ def _run(
         return
     m, k = x.shape
     chosen = configs.config(x)
-    is_few = m <= chosen.vector_rows
+    is_packed = _is_packed(x, weight)
+    is_few = configs.is_vector(x, m) and not is_packed
     if act is not None and k > 0:
         group = naive.activation_group(weight)
         if not is_few and activations.multiplies_codes(x, weight, act):
@@ -173,11 +175,30 @@ def _run(
         return _whole(x, weight, after, out)
     is_pair = after.activation == "swiglu"
     tile = _vector_tile(m, k) if is_few else configs.tile_for(x, m, is_pair=is_pair)
+    kind, sizes = ("vector", {"n": 1}) if is_few else ("matrix", {"n": 16, "k": 128})
+    if is_packed:
+        tile = configs.packed_tile_for(x, m, weight.group_size, is_pair=is_pair)
+        kind, sizes = "packed", {"n": 16}
     # What fits into shared memory depends on the format and on x's dtype.
-    name = f"{'vector' if is_few else 'matrix'} {weight.format} {x.dtype} {tile.m} x {tile.k}"
-    sizes = {"n": 1} if is_few else {"n": 16, "k": 128}
+    name = f"{kind} {weight.format} {x.dtype} {tile.m} x {tile.k}"
     tile = tuning.chosen(x, f"{name}, {'pairs' if is_pair else 'rows'}", tile, sizes)
-    return _split(x, weight, after, out, tile, is_vector=is_few)
+    return _split(x, weight, after, out, tile, kind=kind)
+
+
+def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
+    """Whether `matmul_packed` takes the product; not for a number of rows."""
+    group, parts = weight.group_size, (weight.data, weight.scales, weight.zeros)
+    return (
+        weight.format == "int4"
+        and x.dtype.itemsize == 2
+        and group > 0
+        and weight.shape[1] % (4 * group) == 0
+        and weight.scales is not None
+        and weight.scales.dtype == torch.float16
+        and all(part is None or part.data_ptr() % 8 == 0 for part in parts)
+        and gpu.architecture(x) != "gfx942"
+        and not gpu.INTERPRETED  # knows no assembly
+    )
 
 
 def _vector_tile(m: int, k: int) -> Tile:
@@ -194,19 +215,24 @@ def _split(
     out: torch.Tensor,
     tile: Tile,
     *,
-    is_vector: bool,
+    kind: str,
 ) -> None:
     from tilewise.quant import triton_kernels as kernels
+    from tilewise.quant.triton_packed_kernels import matmul_packed
 
     (m, k), n = x.shape, weight.shape[0]
     tiles = -(-out.shape[-1] // tile.n) * -(-m // tile.m)
     splits = configs.splits_of(m, k, tile.k, tiles, configs.config(x).programs)
     per_split = -(-k // (splits * tile.k)) * tile.k
     splits = max(1, -(-k // per_split)) if k else 1
-    tensors, sizes = parts_of(weight, torch.float32 if is_vector else x.dtype)
+    tensors, sizes = parts_of(weight, torch.float32 if kind == "vector" else x.dtype)
+    options = {**format_of(weight), "EVEN": k % tile.k == 0, "BLOCK_K": tile.k}
+    if kind == "packed":
+        tensors = tensors[:3]
+        options = {"GROUP": tile.k // 4, "SCALED": tile.m >= 128}
     sums = out if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     gpu.launch(
-        kernels.vector if is_vector else kernels.matmul,
+        {"vector": kernels.vector, "matrix": kernels.matmul, "packed": matmul_packed}[kind],
         (tiles, splits),
         x,
         *tensors,
@@ -219,13 +245,11 @@ def _split(
         *sizes,
         after.rank,
         per_split,
-        **format_of(weight),
+        **options,
         ACTIVATION=after.activation,
         SPLITS=splits,
-        EVEN=k % tile.k == 0,
         BLOCK_N=tile.n,
         BLOCK_M=tile.m,
-        BLOCK_K=tile.k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

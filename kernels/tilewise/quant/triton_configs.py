@@ -24,19 +24,23 @@ class Config(NamedTuple):
 
     Args:
         tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
+        packed: the same for `matmul_packed`, whose k is four groups whatever stands here.
         pair_n: rows of each half of the weight where swiglu needs a pair of sums.
         float32: the tile for float32, which has no tensor cores to feed.
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
-        vector_rows: how many rows `vector` takes.
+        vector_rows, narrow_vector_rows: how many rows `vector` takes in float32 and in 16 bits,
+            which tensor cores multiply faster however few there are.
         whole: from how many rows the weight is unpacked as a whole.
     """
 
     tiles: tuple[Tile, ...]
+    packed: tuple[Tile, ...]
     pair_n: int
     float32: Tile
     programs: int
     vector_rows: int = 4
+    narrow_vector_rows: int = 0
     whole: int = 512
 
 
@@ -47,16 +51,23 @@ _AMPERE = Config(
         Tile(64, 64, 128, 4, 3),
         Tile(64, 128, 128, 8, 2),
     ),
+    packed=(Tile(64, 16, 0, 4, 3), Tile(64, 32, 0, 4, 3), Tile(64, 64, 0, 4, 2)),
     pair_n=32,
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
 )
 _HOPPER = Config(
     tiles=(
-        Tile(64, 16, 128, 4, 4),
+        Tile(128, 16, 128, 4, 3),
         Tile(64, 32, 128, 4, 4),
-        Tile(128, 64, 128, 8, 3),
-        Tile(128, 128, 128, 8, 3),
+        Tile(64, 64, 128, 4, 4),
+        Tile(128, 128, 128, 4, 3),
+    ),
+    packed=(
+        Tile(64, 16, 0, 4, 3),
+        Tile(64, 32, 0, 4, 3),
+        Tile(64, 64, 0, 4, 3),
+        Tile(128, 128, 0, 8, 2),
     ),
     pair_n=64,
     float32=Tile(32, 32, 128, 4, 1),
@@ -77,9 +88,11 @@ CONFIGS = {
     "sm_100": _HOPPER._replace(float32=Tile(32, 32, 128, 8, 1)),
     "gfx942": Config(
         tiles=(Tile(64, 16, 128, 4, 2), Tile(64, 32, 128, 4, 2), Tile(64, 64, 128, 4, 2)),
+        packed=(),
         pair_n=64,
         float32=Tile(32, 32, 128, 4, 1),
         programs=304,
+        narrow_vector_rows=4,
     ),
 }
 
@@ -97,6 +110,26 @@ def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
     tiles = chosen.tiles[:3] if is_pair else chosen.tiles  # two sums are held at once
     tile = next((tile for tile in tiles if tile.m >= rows), tiles[-1])
     return tile._replace(n=chosen.pair_n) if is_pair else tile
+
+
+def is_vector(x: torch.Tensor, rows: int) -> bool:
+    """Whether so few rows of x are multiplied without tensor cores."""
+    chosen = config(x)
+    is_float32 = x.dtype == torch.float32
+    return rows <= (chosen.vector_rows if is_float32 else chosen.narrow_vector_rows)
+
+
+def packed_tile_for(x: torch.Tensor, rows: int, group: int, *, is_pair: bool = False) -> Tile:
+    """The tile for `matmul_packed`: four groups deep, as many in flight as there is room for."""
+    room = gpu.SHARED_MEMORY[gpu.architecture(x)] - (8 << 10)
+    fitting = []
+    for tile in config(x).packed[: 3 if is_pair else None]:
+        weight = tile.n * (2 * group + 12)
+        stage = 8 * group * tile.m + (2 * weight if is_pair else weight)
+        if stage <= room:
+            stages = min(tile.num_stages, room // stage)
+            fitting.append(tile._replace(k=4 * group, num_stages=stages))
+    return next((tile for tile in fitting if tile.m >= rows), fitting[-1])
 
 
 def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:

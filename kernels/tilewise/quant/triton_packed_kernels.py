@@ -1,0 +1,190 @@
+# mypy: allow-untyped-defs
+"""The Triton kernel of products with int4 weights in 16 bits, for NVIDIA's chips.
+
+What a product of a few rows costs is the unpacking: a chip has half as many units for the bits of
+an integer as for float32. So codes are never numbers of 32 bits here. An AND and an OR make two
+16-bit floats of two of them, 2^7 + code in bfloat16 and 2^10 + code in float16, and one FMA
+subtracts what was added and the zero, exactly. Scales multiply sums, not weights: the sum of each
+group, in float32. Where many rows share the weight that would cost more than scaled weights, so
+there the scale multiplies them, too, in pairs.
+
+The trick with the exponent is from Kim et al., Who Says Elephants Can't Run: Bringing Large Scale
+MoE Models into Cloud Scale Production, 2022 (arXiv:2211.10017).
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+from tilewise.quant.triton_finish_kernels import place, store_or_part
+
+_BFLOAT16 = tl.constexpr(
+    """{
+    .reg .b32 a, b, c, one;
+    mov.b32 one, 0x3F803F80;
+    shr.u32 a, $4, 8;
+    shr.u32 b, $4, 4;
+    shr.u32 c, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
+    lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $0, $0, one, $5;
+    fma.rn.bf16x2 $1, $1, one, $5;
+    fma.rn.bf16x2 $2, $2, one, $5;
+    fma.rn.bf16x2 $3, $3, one, $5;
+    }"""
+)
+_FLOAT16 = tl.constexpr(
+    """{
+    .reg .b32 a, b, c;
+    shr.u32 a, $4, 8;
+    shr.u32 b, $4, 4;
+    shr.u32 c, $4, 12;
+    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
+    lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
+    add.rn.f16x2 $0, $0, $5;
+    add.rn.f16x2 $1, $1, $5;
+    add.rn.f16x2 $2, $2, $5;
+    add.rn.f16x2 $3, $3, $5;
+    }"""
+)
+
+
+@triton.jit
+def _centred_codes(words, zero, dtype: tl.constexpr):
+    """code - zero of the nibbles of uint16, two words at a time: low of each byte, high of each.
+
+    Args:
+        zero: int32, of the words' shape.
+    """
+    if dtype == tl.bfloat16:
+        bias = (zero | 0xC300).to(tl.uint16).to(tl.bfloat16, bitcast=True)  # -(2^7 + zero)
+        return tl.inline_asm_elementwise(
+            _BFLOAT16,
+            "=&r,=&r,=&r,=&r,r,r",
+            [words, bias],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        bias = (zero | 0xE400).to(tl.uint16).to(tl.float16, bitcast=True)  # -(2^10 + zero)
+        return tl.inline_asm_elementwise(
+            _FLOAT16,
+            "=&r,=&r,=&r,=&r,r,r",
+            [words, bias],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def _group_tile(words, zero, dtype: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """One group of each row of the weight, code - zero: (BLOCK_N, GROUP)."""
+    RUNS: tl.constexpr = GROUP // 32
+    zero = tl.broadcast_to(zero[:, None, None], [BLOCK_N, RUNS, 8])
+    low_even, low_odd, high_even, high_odd = _centred_codes(words, zero, dtype)
+    low = tl.reshape(tl.join(low_even, low_odd), [BLOCK_N, RUNS, 16])
+    high = tl.reshape(tl.join(high_even, high_odd), [BLOCK_N, RUNS, 16])
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [BLOCK_N, GROUP])
+
+
+@triton.jit
+def _add_group(
+    y, h, words, zero, scale, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr
+):
+    """y + the product of a group of the weight and of h (GROUP, BLOCK_M)."""
+    dtype: tl.constexpr = h.dtype
+    w = _group_tile(words, zero, dtype, BLOCK_N, GROUP)
+    if SCALED:
+        return tl.dot(w * scale.to(dtype)[:, None], h, y)
+    else:
+        return y + tl.dot(w, h) * scale.to(tl.float32)[:, None]
+
+
+@triton.jit
+def _zeros_of(zeros, rows, groups, at):
+    """The zeros of four groups of each row, a byte each."""
+    if zeros is not None:
+        fours = zeros.to(tl.pointer_type(tl.int32), bitcast=True)
+        return tl.load(fours + rows * (groups // 4) + at)
+    else:
+        return (rows * 0 + 0x08080808).to(tl.int32)
+
+
+@triton.jit
+def matmul_packed(
+    x,
+    data,
+    scales,
+    zeros,
+    bias,
+    residual,
+    projected,
+    adapter_b,
+    out,
+    M,
+    N,
+    K,
+    x_stride,
+    row_bytes: tl.constexpr,
+    groups,
+    rank,
+    k_per_split,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile of the product, as `triton_kernels.matmul` has it.
+
+    Four groups at a time, so that their zeros and scales are loaded in words of 4 and 8 bytes,
+    which are copied to shared memory ahead of their use, as the codes are. K is a multiple of
+    that; scales are float16.
+    """
+    PAIR: tl.constexpr = ACTIVATION == "swiglu"
+    RUNS: tl.constexpr = GROUP // 32
+    OUT = N // 2 if PAIR else N
+    n, m = place(M, BLOCK_N, BLOCK_M)
+    rows = tl.minimum(n, OUT - 1)
+    x_rows = tl.minimum(m, M - 1) * x_stride
+    begin = tl.program_id(1) * k_per_split
+    words = data.to(tl.pointer_type(tl.uint16), bitcast=True)
+    fours = scales.to(tl.pointer_type(tl.int64), bitcast=True)
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(begin, min(begin + k_per_split, K), 4 * GROUP):
+        four = k // (4 * GROUP)
+        zero4 = _zeros_of(zeros, rows, groups, four)
+        scale4 = tl.load(fours + rows * (groups // 4) + four)
+        up_zero4 = zero4
+        up_scale4 = scale4
+        if PAIR:
+            up_zero4 = _zeros_of(zeros, rows + OUT, groups, four)
+            up_scale4 = tl.load(fours + (rows + OUT) * (groups // 4) + four)
+        for i in tl.static_range(4):
+            column = k + i * GROUP + tl.arange(0, GROUP)
+            h = tl.load(x + x_rows[None, :] + column[:, None])
+            run = (k // 32 + i * RUNS + tl.arange(0, RUNS))[None, :, None]
+            within = run * 8 + tl.arange(0, 8)[None, None, :]
+            at = words + (rows * (row_bytes // 2))[:, None, None] + within
+            scale = (scale4 >> (16 * i)).to(tl.uint16).to(tl.float16, bitcast=True)
+            y = _add_group(
+                y, h, tl.load(at), (zero4 >> (8 * i)) & 255, scale, BLOCK_N, GROUP, SCALED
+            )
+            if PAIR:
+                at += OUT.to(tl.int64) * (row_bytes // 2)
+                scale = (up_scale4 >> (16 * i)).to(tl.uint16).to(tl.float16, bitcast=True)
+                up = _add_group(
+                    up, h, tl.load(at), (up_zero4 >> (8 * i)) & 255, scale, BLOCK_N, GROUP, SCALED
+                )
+    store_or_part(
+        y, up, n, m, M, N, bias, residual, projected, adapter_b, rank, out, tl.program_id(1),
+        ACTIVATION, SPLITS,
+    )  # fmt: skip
