@@ -186,7 +186,7 @@ def _run(
 
 
 def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
-    """Whether `matmul_packed` takes the product; not for a number of rows."""
+    """Whether `matmul_packed` takes the product, of whatever number of rows."""
     group, parts = weight.group_size, (weight.data, weight.scales, weight.zeros)
     return (
         weight.format == "int4"
@@ -196,8 +196,8 @@ def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
         and weight.scales is not None
         and weight.scales.dtype == torch.float16
         and all(part is None or part.data_ptr() % 8 == 0 for part in parts)
-        and gpu.architecture(x) != "gfx942"
-        and not gpu.INTERPRETED  # knows no assembly
+        and bool(configs.config(x).packed)
+        and not gpu.INTERPRETED  # which knows no assembly
     )
 
 

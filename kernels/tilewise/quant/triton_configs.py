@@ -24,7 +24,9 @@ class Config(NamedTuple):
 
     Args:
         tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
-        packed: the same for `matmul_packed`, whose k is four groups whatever stands here.
+        packed: the same for `matmul_packed`, whose k is four groups whatever stands here; none
+            where it is not for. The tensor cores of sm_100 take no operand from registers, and
+            gfx942 has another assembly.
         pair_n: rows of each half of the weight where swiglu needs a pair of sums.
         float32: the tile for float32, which has no tensor cores to feed.
         programs: K is split until there are about so many. A constant, and not the number of
@@ -61,7 +63,7 @@ _HOPPER = Config(
         Tile(128, 16, 128, 4, 3),
         Tile(64, 32, 128, 4, 4),
         Tile(64, 64, 128, 4, 4),
-        Tile(128, 128, 128, 4, 3),
+        Tile(128, 128, 128, 8, 3),
     ),
     packed=(
         Tile(64, 16, 0, 4, 3),
@@ -85,7 +87,7 @@ CONFIGS = {
     ),
     "sm_90": _HOPPER,
     # With four warps ptxas finds no way to hold all in registers, and holds next to nothing there.
-    "sm_100": _HOPPER._replace(float32=Tile(32, 32, 128, 8, 1)),
+    "sm_100": _HOPPER._replace(float32=Tile(32, 32, 128, 8, 1), packed=()),
     "gfx942": Config(
         tiles=(Tile(64, 16, 128, 4, 2), Tile(64, 32, 128, 4, 2), Tile(64, 64, 128, 4, 2)),
         packed=(),
