@@ -176,7 +176,7 @@ def sdpa(
     blind: bool = False,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` of (batch, heads, seq, head_dim), made to work on every device.
+    """`scaled_dot_product_attention` of (batch, heads, seq, head_dim), on every device.
 
     Args:
         blind: whether the mask may leave a query nothing to see. PyTorch's kernels differ in what
@@ -191,7 +191,9 @@ def sdpa(
         sees_nothing = ~is_visible.any(-1, keepdim=True)
         mask = mask.masked_fill(sees_nothing, True if mask.dtype == torch.bool else 0.0)
     out = F.scaled_dot_product_attention(
-        *(_aligned(x) for x in (q, k, v)),
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
         mask,
         is_causal=is_causal,
         scale=scale,
