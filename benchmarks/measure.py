@@ -19,7 +19,7 @@ from tilewise import machine
 from tilewise.benchmarks.rivals import Function, rivals_of
 from tilewise.benchmarks.timing import on_device, rounds_of
 from tilewise.benchmarks.workload import Workload
-from tilewise.cases import Case, floor_of, public_function, run_function, upstream_of
+from tilewise.cases import Case, floor_of, leeway_of, public_function, run_function, upstream_of
 from tilewise.dispatch import OPS, Cost
 from tilewise.testing import Agreement, Inputs, assert_agrees, to_float64
 
@@ -234,6 +234,7 @@ class Bench:
                 truth[key],
                 name=f"{name} {key}",
                 floor=floor_of(self.case, key, truth[key]),
+                leeway=leeway_of(name, self.device),
             )
             for key in truth
         ]

@@ -19,6 +19,7 @@ from tilewise.cases import (
     all_operator_calls,
     check_case,
     floor_of,
+    leeway_of,
     public_function,
     run_case,
 )
@@ -136,7 +137,12 @@ def test_any_strides(case: Case, backend: str, dtype: torch.dtype, device: str) 
     truth = run_case(case, testing.to_float64(call.arguments), "naive")
     for name, value in expected.items():
         testing.assert_agrees(
-            actual[name], value, truth[name], name=name, floor=floor_of(case, name, value)
+            actual[name],
+            value,
+            truth[name],
+            name=name,
+            floor=floor_of(case, name, value),
+            leeway=leeway_of(backend, device),
         )
 
 
@@ -145,7 +151,8 @@ def test_a_call_repeats_exactly(case: Case, backend: str, dtype: torch.dtype, de
     """The same bits again, under `validate` too, and arguments that are as they were."""
     call = _call(case, backend, dtype, device)
     before = testing.map_tensors(call.arguments, torch.clone)
-    grad = bool(case.grad)
+    # On a GPU, PyTorch's own attention adds up gradients atomically, in whatever order.
+    grad = bool(case.grad) and (backend, device) != ("torch", "cuda")
     expected = call.run(grad=grad)
     _assert_same_bits(call.run(grad=grad), expected)
     _assert_same_bits(call.run(call.arguments | {"validate": True}), call.run())
@@ -233,7 +240,12 @@ def test_compiles_without_a_break(
     truth = run_case(case, testing.to_float64(call.arguments), "naive")
     for name, value in call.run().items():
         testing.assert_agrees(
-            compiled[name], value, truth[name], name=name, floor=floor_of(case, name, value)
+            compiled[name],
+            value,
+            truth[name],
+            name=name,
+            floor=floor_of(case, name, value),
+            leeway=leeway_of(backend, device),
         )
 
 

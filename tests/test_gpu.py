@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import tilewise
 from tilewise import gpu
@@ -59,6 +60,19 @@ def test_refuses_other_devices(interpreted):
 def test_says_that_triton_is_missing(interpreted, monkeypatch):
     monkeypatch.setattr(gpu, "_has_triton", lambda: False)
     assert gpu.why_not(torch.zeros(1)) == "the package triton is not installed"
+
+
+@has_triton
+@pytest.mark.filterwarnings("error:.*lru_cache")  # that Dynamo looks through one
+def test_is_asked_while_a_call_is_traced(monkeypatch):
+    """On tensors that only say that they are on a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(gpu, "_why_not_gpu", gpu._why_not_gpu.__wrapped__)
+    torch.compiler.reset()
+    with FakeTensorMode():
+        x = torch.empty(3, 16, device="cuda")
+        function = torch.compile(tilewise.swiglu, fullgraph=True, backend="aot_eager")
+        assert function(x, x, backend="triton").shape == x.shape
 
 
 @contextmanager

@@ -32,6 +32,15 @@ def test_what_a_code_stands_for_survives(format, scale):
     assert torch.equal(decode(codes, scales), x)
 
 
+@pytest.mark.gpu
+@FORMATS
+def test_the_bytes_are_the_same_on_a_gpu(format):
+    x = Inputs(torch.bfloat16).randn(500, 64)  # so coarse that there are ties
+    expected = encode(x, QUANTIZED[format])
+    for actual, wanted in zip(encode(x.cuda(), QUANTIZED[format]), expected, strict=True):
+        assert torch.equal(actual.cpu().view(torch.uint8), wanted.view(torch.uint8))
+
+
 @FORMATS
 def test_error_is_half_a_step(format):
     x = Inputs().randn(500, 64)

@@ -122,7 +122,8 @@ def test_the_bytes_are_those_of_the_definition(
     k, v = inputs.randn(12, 3, 20), inputs.randn(12, 3, 10)
     for x in (k, v):
         x[1, 0, 3], x[2, 1, 0], x[3, 2, 7] = math.nan, math.inf, -math.inf
-        x[4], x[5], x[6] = 0, x[5] * 1e-30, x[6] * torch.logspace(0, -30, x.shape[-1])
+        fading = torch.logspace(0, -30, x.shape[-1]).to(on)
+        x[4], x[5], x[6] = 0, x[5] * 1e-30, x[6] * fading
     stored = torch.float32 if cache == "float32" else kv_formats.stored_dtype(cache)
     options: dict[str, Any] = {"slot_mapping": inputs.permutation(15)[:12]}
     options["slot_mapping"][7] = -1

@@ -154,6 +154,16 @@ def test_every_backend_rounds_to_the_same_fp8(backend, size):
     assert torch.equal(quantized_matmul(x, weight, act="fp8", backend=backend), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ["int8", "fp8"])
+@pytest.mark.parametrize("size", [32, -1])
+def test_activations_have_the_same_codes_on_a_gpu(size, act):
+    x = Inputs(torch.bfloat16).randn(100, 4096)  # so coarse that there are ties
+    expected = naive.quantize_groups(x, size, act)
+    for actual, wanted in zip(naive.quantize_groups(x.cuda(), size, act), expected, strict=True):
+        assert torch.equal(actual.cpu(), wanted)
+
+
 def test_every_fp8_code_and_the_numbers_between():
     """One scale of 1: codes stay as they are, ties go to the even code."""
     between = (E4M3[1:] + E4M3[:-1]) / 2

@@ -60,6 +60,16 @@ def test_nan_in_naive_excuses_nothing(product):
         assert_agrees(wrong, broken, truth)
 
 
+def test_a_kernel_that_is_not_ours_may_have_leeway():
+    truth = torch.ones(1, 4, dtype=torch.float64)
+    off = (truth + 6e-7).float()
+    with pytest.raises(AssertionError, match=r"allowed 4.77e-07 = 2 x naive's 0 [+] 4 x one step"):
+        assert_agrees(off, truth.float(), truth)
+    assert_agrees(off, truth.float(), truth, leeway=2.0)
+    with pytest.raises(AssertionError, match=r"allowed 5.25e-07 = 1.1 x \(2 x naive's 0 [+] 4 x"):
+        assert_agrees(off, truth.float(), truth, leeway=1.1)
+
+
 def test_minus_infinity_must_be_where_it_belongs():
     truth = torch.tensor([[1.0, -torch.inf]], dtype=torch.float64)
     assert_agrees(truth.float(), truth.float(), truth)

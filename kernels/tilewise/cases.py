@@ -201,9 +201,19 @@ def check_case(
             truth[name],
             name=name,
             floor=floor_of(case, name, truth[name]),
+            leeway=leeway_of(backend, device),
         )
         for name in truth
     }
+
+
+def leeway_of(backend: str, device: str | torch.device) -> float:
+    """The `leeway` of `assert_agrees` for a backend's results on a device.
+
+    PyTorch's own kernels for GPUs are not ours to improve. Four times the rule still tells a wrong
+    result from a coarse one.
+    """
+    return 4.0 if backend == "torch" and torch.device(device).type == "cuda" else 1.0
 
 
 def floor_of(case: Case, name: str, truth: torch.Tensor) -> float:

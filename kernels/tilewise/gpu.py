@@ -63,13 +63,9 @@ def why_not(x: torch.Tensor, dtype: torch.dtype | None = None, *, dot: bool = Tr
         return f"needs tensors on a GPU, got {x.device}"
     if dtype not in DTYPES:
         return f"computes in float32, got {dtype}"
-    if not _has_triton():
-        return "the package triton is not installed"
-    if x.device.type == "cpu":
-        if INTERPRETED and dot and dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 matrices wrongly"
-        return None
-    return _why_not_gpu(x.device.index or 0)
+    if x.device.type == "cpu" and INTERPRETED and dot and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    return _why_not_here(None if x.device.type == "cpu" else x.device.index or 0)
 
 
 def why_not_auto(*args: Any, **options: Any) -> str | None:
@@ -89,6 +85,18 @@ def _why_not_gpu(index: int) -> str | None:
         if major < 8:
             return f"needs compute capability 8.0 or more, this GPU has {major}.{minor}"
     return None
+
+
+def _why_not_here(gpu: int | None) -> str | None:
+    """What the machine lacks: Triton, or in GPU number `gpu` what Triton kernels need."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    return None if gpu is None else _why_not_gpu(gpu)
+
+
+# Dynamo looks through `functools.cache` at what it cannot trace; so it is told to ask once, while
+# it traces (see `native.why_not_cpu`).
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- launching ------------------------------------------------------------------------------------

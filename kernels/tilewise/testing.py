@@ -61,6 +61,7 @@ def assert_agrees(
     *,
     name: str = "output",
     floor: float = 0.0,
+    leeway: float = 1.0,
 ) -> Agreement:
     """Raise AssertionError unless `actual` is as good as `naive`, judged against `truth`.
 
@@ -71,6 +72,7 @@ def assert_agrees(
         name: what the message calls the result.
         floor: the least magnitude (root mean square) that a rounding step is taken from. 0 means
             the row's own; a row that is small by cancellation needs the scale of what cancelled.
+        leeway: what the allowed error is multiplied by; above 1 for kernels that are not ours.
 
     Returns:
         The worst row, for reports.
@@ -95,7 +97,7 @@ def assert_agrees(
     magnitude = root_mean_square(t)
     steps = _STEPS.get(actual.dtype, 4)
     step = torch.finfo(actual.dtype).eps * magnitude.clamp(min=floor)
-    allowed = 2 * naive_error + steps * step
+    allowed = leeway * (2 * naive_error + steps * step)
     ratio = torch.where(error > 0, error / allowed, 0.0)  # error > 0 = allowed gives inf
     flat = int(ratio.argmax())
     row = _unravel(flat, ratio.shape)
@@ -108,10 +110,13 @@ def assert_agrees(
         relative_error=float(error[row] / magnitude[row].clamp(min=1e-300)) if error[row] else 0.0,
     )
     if not worst.ratio <= 1:
+        rule = (
+            f"2 x naive's {worst.naive_error:.3g} + {steps} x one step of {naive.dtype} at "
+            f"{float(magnitude[row]):.3g}"
+        )
         raise AssertionError(
             f"{name}: row {worst.row} is off by {worst.error:.3g} (rms), allowed "
-            f"{worst.allowed:.3g} = 2 x naive's {worst.naive_error:.3g} + {steps} x one step of "
-            f"{naive.dtype} at {float(magnitude[row]):.3g}; "
+            f"{worst.allowed:.3g} = {rule if leeway == 1 else f'{leeway:g} x ({rule})'}; "
             f"{int((ratio > 1).sum())} of {ratio.numel()} rows disagree"
         )
     return worst

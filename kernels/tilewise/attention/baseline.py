@@ -95,7 +95,8 @@ def flash_attention(
     distance, exists = naive.place_dense(q_len, k_len, q.device)
     slopes = None if alibi_slopes is None else alibi_slopes.unsqueeze(-1)
     mask = _mask(q, distance, naive.in_sight(distance, exists, causal, window), slopes, bias)
-    return _sdpa(q, k, v, scale=scale, mask=mask)
+    blind = bias is not None or q_len > k_len
+    return _sdpa(q, k, v, scale=scale, mask=mask, blind=blind)
 
 
 def flash_attention_varlen(
@@ -126,7 +127,7 @@ def flash_attention_varlen(
         naive.slopes_of_tokens(alibi_slopes, len(q), cu_seqlens_q),
         naive.bias_of_tokens(bias, len(k), cu_seqlens_k),
     )
-    return _sdpa(q[None], k[None], v[None], scale=scale, mask=mask)[0]
+    return _sdpa(q[None], k[None], v[None], scale=scale, mask=mask, blind=True)[0]
 
 
 def _hides(q_len: int, k_len: int, causal: bool, window: tuple[int, int]) -> bool:
@@ -160,18 +161,57 @@ def _mask(
     return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)  # the fused kernels take no 3
 
 
-def _sdpa(
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`sdpa` of (batch, seq, heads, head_dim)."""
+    return sdpa(*(x.transpose(1, 2) for x in (q, k, v)), **options).transpose(1, 2)
+
+
+def sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
     scale: float | None,
     mask: torch.Tensor | None = None,
+    blind: bool = False,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` of (batch, seq, heads, head_dim)."""
-    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[2] != k.shape[2]
-    return F.scaled_dot_product_attention(
-        q_, k_, v_, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    """`scaled_dot_product_attention` of (batch, heads, seq, head_dim), on every device.
+
+    Args:
+        blind: whether the mask may leave a query nothing to see. PyTorch's kernels differ in what
+            such a row gives; so they are shown all keys, and their result, 0, is written here.
+    """
+    groups = q.shape[1] // max(k.shape[1], 1)
+    if 0 in q.shape or 0 in k.shape:  # for which some of the kernels return None
+        return q @ k.repeat_interleave(groups, 1).mT @ v.repeat_interleave(groups, 1)
+    sees_nothing = None
+    if mask is not None and blind:
+        is_visible = mask if mask.dtype == torch.bool else mask != -math.inf
+        sees_nothing = ~is_visible.any(-1, keepdim=True)
+        mask = mask.masked_fill(sees_nothing, True if mask.dtype == torch.bool else 0.0)
+    out = F.scaled_dot_product_attention(
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=groups != 1,
+    )
+    return out if sees_nothing is None else out.masked_fill(sees_nothing, 0)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy where PyTorch's kernels for GPUs would find rows at odd addresses.
+
+    "cutlassF: no kernel found to launch!" is what they say to rows that are no multiples of 16
+    bytes apart. Where a row itself is none, PyTorch takes other ways.
+    """
+    step = 16 // x.element_size()
+    if not x.is_cuda or x.shape[-1] % step:
+        return x
+    # Dynamo cannot trace the offset; a compiled call has to be given tensors that begin well.
+    start = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    is_odd = any(n % step for n in (start, *x.stride()[:-1]))
+    return x.clone(memory_format=torch.contiguous_format) if is_odd else x

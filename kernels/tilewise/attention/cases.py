@@ -33,13 +33,17 @@ def _case(
     poison: bool = False,
     cancelled: float = 2.5,
 ) -> Case:
-    # An output is a mean of values of size 1. The gradient of a score is a difference of products
-    # of size sqrt(v_head_dim), off by a few steps in float32, and is divided by sqrt(head_dim)
-    # again; where a query sees one key, nothing but the error remains.
-    floors = {"output": 0.5, "grad v": cancelled / 2}
-    floors |= {f"grad {name}": cancelled for name in ("q", "k", "bias")}
     grad = QKV + more_grad
-    return Case(op, id, make, grad=grad, floors=floors, poison=poison_call if poison else None)
+    poisoned = poison_call if poison else None
+    return Case(op, id, make, grad=grad, floors=_floors(cancelled), poison=poisoned)
+
+
+def _floors(cancelled: float) -> dict[str, float]:
+    """An output is a mean of values of size 1. The gradient of a score is a difference of products
+    of size sqrt(v_head_dim), off by a few steps in float32, and is divided by sqrt(head_dim) again;
+    where a query sees one key, nothing but the error remains."""
+    floors = {"output": 0.5, "grad v": cancelled / 2}
+    return floors | {f"grad {name}": cancelled for name in ("q", "k", "bias")}
 
 
 _DENSE = [
@@ -262,7 +266,7 @@ _LLAMA: dict[str, Any] = {"batch": 1, "heads": 32, "kv_heads": 8, "dim": 128, "c
 COMPILED = [
     _compiled("SmolLM2", dense(512, heads=9, kv_heads=3, dim=64, causal=True), torch.bfloat16),
     _compiled("Llama-3-8B", dense(512, **_LLAMA), torch.bfloat16),
-    _compiled("Llama-3-8B, float32", dense(512, **_LLAMA), torch.float32),
+    _compiled("Llama-3-8B, float32", dense(512, **_LLAMA), torch.float32, floors=_floors(6.0)),
     _compiled(
         "everything",
         dense(512, **_LLAMA, softcap=30.0, alibi=(32,), sinks=True, bias=(512, 512)),

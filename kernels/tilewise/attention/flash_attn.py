@@ -54,7 +54,7 @@ def flash_attn_func(
         dropout_p: must be 0.
         softmax_scale, causal, window_size, softcap, alibi_slopes: `scale`, `causal`, `window`,
             `softcap` and `alibi_slopes` of `tilewise.flash_attention`.
-        deterministic: makes no difference, every call is.
+        deterministic: makes no difference, our kernels always are.
         return_attn_probs: return (out, softmax_lse, an empty tensor): flash_attn has
             probabilities only to show which of them were dropped.
 

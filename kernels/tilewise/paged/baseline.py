@@ -13,8 +13,8 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from tilewise.attention.baseline import sdpa
 from tilewise.attention.naive import in_sight
 from tilewise.paged import naive
 
@@ -107,11 +107,12 @@ def paged_attention(
         else:
             mask = torch.where(mask, bias.to(q.dtype), -math.inf)
         mask = mask.unflatten(1, (kv_heads, groups)).transpose(2, 3).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
+    out = sdpa(
         queries.unflatten(2, (kv_heads, groups)).movedim(2, 1).flatten(2, 3),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=mask,
+        mask=mask,
+        blind=True,
         scale=scale,
     )  # (batch, kv_heads, queries * groups, v_head_dim)
     out = out.unflatten(2, (-1, groups)).movedim(1, 2).flatten(2, 3)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from tilewise.checks import FLOATS
+from tilewise.fused.naive import divide
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 7.0}
 """The code that a row's largest magnitude gets, by the dtype that the codes are stored in."""
@@ -80,7 +81,7 @@ def encode(
     """
     largest = LARGEST_CODE[cache_dtype]
     x = x.to(scale_dtype)
-    scale = x.abs().amax(-1) / largest
+    scale = divide(x.abs().amax(-1), largest)
     divisor = torch.where(scale > 0, scale, 1).unsqueeze(-1)
     # The clamp is for scales so small that they have few bits left.
     codes = torch.where(scale.isfinite().unsqueeze(-1), x / divisor, 0).clamp(-largest, largest)

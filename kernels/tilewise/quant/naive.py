@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tilewise.fused.naive import compute_dtype
+from tilewise.fused.naive import compute_dtype, divide
 from tilewise.quant.formats import FORMATS, QuantizedTensor
 from tilewise.quant.packing import trim
 
@@ -93,7 +93,7 @@ def quantize_groups(
     k, largest = x.shape[-1], LARGEST_CODE[act]
     size = group_size if group_size > 0 else max(k, 1)
     groups = F.pad(x.float(), (0, -k % size)).unflatten(-1, (-(-k // size), size))
-    scale = groups.abs().amax(-1, keepdim=True) / largest
+    scale = divide(groups.abs().amax(-1, keepdim=True), largest)
     code = groups / torch.where(scale == 0, 1.0, scale)
     if act == "int8":
         return code.round().clamp(-largest, largest), scale

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewise import checks
+from tilewise.fused.naive import divide
 from tilewise.quant.formats import FORMATS, PER_CHANNEL, Format, QuantizedTensor
 from tilewise.quant.packing import E2M1, NF4, look_up, nearest_e2m1, nearest_nf4, pack_nibbles
 
@@ -165,7 +166,7 @@ class _Rounder:
         zero = torch.full_like(low, self.form.zero)
         if self.form.code_range is None:
             if self.form.name == "fp8":
-                return largest / _FP8_MAX, zero
+                return divide(largest, _FP8_MAX), zero
             if self.form.name == "nf4":
                 return largest, zero
             # MX: the largest power of two in the group, over the largest in E2M1, 2^2.
@@ -177,7 +178,7 @@ class _Rounder:
             smaller = torch.minimum(high, -low)
             scale = torch.maximum(largest / (zero - first), smaller / (last - zero))
             return torch.where(high > -low, -scale, scale), zero
-        scale = high / (last - first) - low / (last - first)
+        scale = divide(high, last - first) - divide(low, last - first)
         zero = first + (-low / _nonzero(scale)).round().clamp(0, last - first)
         return scale, zero
 

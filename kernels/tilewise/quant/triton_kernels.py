@@ -16,6 +16,20 @@ from tilewise.quant.triton_formats import weight_tile
 
 
 @triton.jit
+def _add_product(y, a, b):
+    """y + a b, in float32.
+
+    Tensor cores add to y in place. Without them, one float32 after the other would be added to it
+    along all of K, each time rounded at the size of the whole sum; so a block is summed up first.
+    """
+    if a.dtype == tl.float32:
+        # Said to keep y from becoming the product's own accumulator.
+        return y + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=a.shape[1])
+    else:
+        return tl.dot(a, b, y)
+
+
+@triton.jit
 def accumulate(
     x,
     x_rows,
@@ -59,13 +73,13 @@ def accumulate(
             data, scales, zeros, codebook, rows, k, K, row_bytes, groups,
             FORMAT, GROUP, SCALED, EVEN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        y = tl.dot(w.to(DTYPE), h, y, input_precision="ieee")
+        y = _add_product(y, w.to(DTYPE), h)
         if PAIR:
             w = weight_tile(
                 data, scales, zeros, codebook, up_rows, k, K, row_bytes, groups,
                 FORMAT, GROUP, SCALED, EVEN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            up = tl.dot(w.to(DTYPE), h, up, input_precision="ieee")
+            up = _add_product(up, w.to(DTYPE), h)
     if not SCALED:
         y *= tl.load(scales + rows).to(tl.float32)[:, None]
         if PAIR:
@@ -233,7 +247,7 @@ def matmul_backward(
             data, scales, zeros, codebook, tl.minimum(n, N - 1).to(tl.int64), k, K, row_bytes,
             groups, FORMAT, GROUP, True, EVEN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        y = tl.dot(g, w.to(DTYPE), y, input_precision="ieee")
+        y = _add_product(y, g, w.to(DTYPE))
     column = k + tl.arange(0, BLOCK_K)
     inside = (m < M)[:, None] & (column < K)[None, :]
     at = grad_x + (m * K)[:, None] + column[None, :]
