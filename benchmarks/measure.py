@@ -17,7 +17,7 @@ import torch
 
 from tilewise import machine
 from tilewise.benchmarks.rivals import Function, rivals_of
-from tilewise.benchmarks.timing import on_device, rounds_of
+from tilewise.benchmarks.timing import captured, on_device, rounds_of, side_stream
 from tilewise.benchmarks.workload import Workload
 from tilewise.cases import Case, floor_of, leeway_of, public_function, run_function, upstream_of
 from tilewise.dispatch import OPS, Cost
@@ -46,6 +46,8 @@ class Row:
         seconds: median time of a call; None if it did not run, for the given `reason`.
         spread: half the distance between the quartiles, in seconds.
         device_seconds: median time of the GPU's work with a cold cache; None on the CPU.
+        captured: whether that is of a CUDA graph, the GPU's work alone; a call that cannot be
+            captured has the gaps between its launches in it.
         error: relative error of the worst row against float64.
         agreement: error over allowed error at the worst row; at most 1.
         over_naive, over_torch: their time over ours in the same run, where they ran; on a GPU
@@ -65,6 +67,7 @@ class Row:
     seconds: float | None = None
     spread: float | None = None
     device_seconds: float | None = None
+    captured: bool | None = None
     error: float | None = None
     agreement: float | None = None
     over_naive: float | None = None
@@ -131,6 +134,7 @@ class Bench:
         self.rivals = rivals_of(workload.op, workload.device)
         self._functions: dict[str, Function] = {}
         self._failures: dict[str, str | None] = {}
+        self._captured: set[str] = set()
         self._checked: dict[str, Agreement] = {}
         self._reference: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
 
@@ -194,7 +198,7 @@ class Bench:
             leaves = [arguments[name].detach().requires_grad_() for name in self.workload.grad]
             named = dict(zip(self.workload.grad, leaves, strict=True))
             out = function(**arguments | named)
-            upstream = torch.randn_like(out)
+            upstream = Inputs(out.dtype, out.device, seed=1).randn(*out.shape)
             return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
         def call() -> object:
@@ -281,7 +285,11 @@ class Bench:
         """Seconds of the GPU's work for each of the names, timed in turn; none on the CPU."""
         if self.device.type != "cuda":
             return {}
-        return on_device({name: self.call(name) for name in names})
+        with side_stream():
+            calls = {name: self.call(name) for name in names}
+            replays = captured(calls)
+            self._captured = set(replays)
+            return on_device(calls | replays)
 
     def row(
         self,
@@ -308,6 +316,7 @@ class Bench:
                 "seconds": medians[name],
                 "spread": _half_quartile_range(times[name]),
                 "device_seconds": device_times[name] if device_times else None,
+                "captured": name in self._captured if device_times else None,
                 "error": agreement.relative_error,
                 "agreement": agreement.ratio,
             }

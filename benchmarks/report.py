@@ -176,7 +176,8 @@ def print_report(report: Report, console: Console) -> None:
 
 
 _LEGEND = (
-    "on GPU: the median time of its work, with a cold L2 cache; rates are taken from it; "
+    "on GPU: the median time of its work, with a cold L2 cache; rates are taken from it "
+    "(*: with the gaps between its launches, where the call is no CUDA graph); "
     "ceiling: the least time at this machine's measured ceilings over the time taken; "
     "vs naive, torch: their time over this one, taken in turn in one run; "
     "error: relative, of the worst row, against float64; float32 unless named otherwise"
@@ -210,6 +211,11 @@ def has_device_times(rows: Iterable[Row]) -> bool:
     return any(row.device_seconds is not None for row in rows)
 
 
+def busy_time(row: Row) -> str:
+    """`Row.busy_seconds`, with a star where it is a GPU's and the host's gaps are in it."""
+    return f"{duration(row.busy_seconds or 0)}{'*' if row.captured is False else ''}"
+
+
 def title(workload: str, dtype: str) -> str:
     """A workload's name, with its dtype where that is not float32."""
     return workload if dtype == "float32" else f"{workload}, {dtype}"
@@ -222,7 +228,7 @@ def _cells(row: Row, on_gpu: bool) -> list[str]:
     over_torch = "" if row.backend == "torch" else ratio(row.over_torch)
     times = [duration(row.seconds)]
     if on_gpu:
-        times.append("" if row.device_seconds is None else duration(row.device_seconds))
+        times.append("" if row.device_seconds is None else busy_time(row))
     return [*times, rate(row), percent(row), over_naive, over_torch, error(row)]
 
 

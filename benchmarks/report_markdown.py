@@ -13,6 +13,7 @@ from tilewise.benchmarks.measure import Row
 from tilewise.benchmarks.report import (
     Report,
     ReportError,
+    busy_time,
     by_workload,
     duration,
     error,
@@ -63,7 +64,8 @@ def _per_workload(rows: list[Row]) -> list[str]:
 def _per_contestant(rows: list[Row]) -> list[str]:
     lines = [
         "On GPU: the median time of its work with a cold L2 cache, from which all other figures "
-        "are taken. Wall: with the call's way through Python. Triton: its time over this one. "
+        "are taken (*: with the gaps between its launches, where the call is no CUDA graph). "
+        "Wall: with the call's way through Python. Triton: its time over this one. "
         "Ceiling: the least time at the measured ceilings over this one."
     ]
     for op, workloads in groupby(by_workload(rows), lambda group: group[0]):
@@ -76,7 +78,7 @@ def _per_contestant(rows: list[Row]) -> list[str]:
                     lines += _row(
                         title(workload, dtype),
                         row.backend,
-                        duration(row.busy_seconds),
+                        busy_time(row),
                         duration(row.seconds),
                         rate(row),
                         percent(row),

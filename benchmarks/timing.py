@@ -6,9 +6,12 @@ treats all of them alike; ratios are ratios of medians from one run.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,6 +23,7 @@ Calls = Mapping[str, Callable[[], object]]
 
 _TURNS = 3
 _WARM_UP, _REPEAT = 10, 50  # milliseconds in each turn
+_SLOW = 5e-3  # seconds; of such a call three repeats in each turn are enough
 
 
 def clock() -> float:
@@ -47,15 +51,88 @@ def rounds_of(
     return times
 
 
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """Within the block, work goes to a stream that can be captured; the default one cannot.
+
+    A backward pass runs on the stream of its forward pass: that has to be made here as well.
+    """
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    outer, stream = torch.cuda.current_stream(), _side_stream()
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
+
+
+def captured(calls: Calls) -> dict[str, Callable[[], object]]:
+    """The replays of those calls that can be captured in a CUDA graph; within `side_stream`.
+
+    A replay is the GPU's work alone, without the host's gaps between launches, which hide what
+    small kernels take. The graphs share their memory: each replay overwrites the others' results.
+    """
+    if not torch.cuda.is_initialized():
+        return {}
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: _graph_of(call, pool) for name, call in calls.items()}
+    return {name: graph.replay for name, graph in graphs.items() if graph is not None}
+
+
+def _graph_of(call: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph | None:
+    """None for a call that waits for the GPU, or does anything else that a graph cannot hold."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        call()  # compiles
+        torch.cuda.synchronize()
+        # PyTorch is better asked for what waits than left with a capture that was broken off.
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+        torch.cuda.set_sync_debug_mode(mode)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return graph
+
+
 def device_seconds(call: Callable[[], object]) -> float:
     """Median seconds between a call's first and last work on the GPU, its L2 cache cold before.
 
-    Where a call does not keep the GPU busy, because its launches come too slowly, the gaps count.
+    Of a replay this is the GPU's time. Where the call itself is timed and does not keep the GPU
+    busy, because its launches come too slowly, the gaps count.
     """
+    call()
+    once = _seconds_between_events(call)
+    if once > _SLOW:  # a cold cache makes no odds
+        return statistics.median([once, *(_seconds_between_events(call) for _ in range(2))])
     from triton.testing import do_bench
 
     milliseconds: float = do_bench(call, warmup=_WARM_UP, rep=_REPEAT, return_mode="median")
     return milliseconds / 1e3
+
+
+def _seconds_between_events(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def on_device(calls: Calls) -> dict[str, float]:

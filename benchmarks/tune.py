@@ -15,7 +15,7 @@ from typing import Any
 
 from tilewise import tuning
 from tilewise.benchmarks.measure import Bench
-from tilewise.benchmarks.timing import on_device
+from tilewise.benchmarks.timing import captured, on_device, side_stream
 from tilewise.benchmarks.workload import Workload
 from tilewise.tuning import Asked
 
@@ -124,7 +124,9 @@ def _score(benches: list[Bench]) -> float | None:
     for bench in benches:
         try:
             bench.agreement("triton")
-            (seconds,) = on_device({"triton": bench.call("triton")}).values()
+            with side_stream():
+                calls = {"triton": bench.call("triton")}
+                (seconds,) = on_device(calls | captured(calls)).values()
         except Exception:  # too much shared memory, what the compiler cannot do, a wrong result
             return None
         logarithms.append(math.log(seconds))

@@ -196,6 +196,27 @@ def test_a_gpu_is_timed_in_turns(monkeypatch):
     assert times == {"a": 3.0, "b": 4.0}
 
 
+@pytest.mark.gpu
+def test_a_call_that_waits_for_the_gpu_is_timed_as_it_is():
+    x = torch.ones(1000, device="cuda")
+    calls = {"waits": lambda: x.sum().item(), "does not": lambda: x * 2}
+    with timing.side_stream():
+        replays = timing.captured(calls)
+        times = timing.on_device(calls | replays)
+    assert list(replays) == ["does not"]
+    assert all(0 < seconds < 1 for seconds in times.values())
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.randn(9, device="cuda").isfinite().all()  # which a broken capture would spoil
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [(), ("x",)], ids=["forward", "backward"])
+def test_calls_are_captured_on_a_gpu(grad):
+    workload = Workload("rms_norm", "small", norm(4, 64), torch.float32, "cuda", grad=grad)
+    rows = compare(workload, ["naive", "triton"], seconds=0)
+    assert [row.captured for row in rows] == [True, True]
+
+
 def test_nothing_is_timed_on_a_device_that_is_not_there():
     assert Bench(NORM).device_times(["naive"]) == {}
 

@@ -126,6 +126,28 @@ def test_inputs_are_reproducible_and_distinct():
     assert not torch.equal(a, second.randn(4))
 
 
+@pytest.mark.gpu
+def test_large_inputs_are_made_on_the_gpu():
+    first, second, other = (Inputs(device="cuda", seed=seed) for seed in (0, 0, 1))
+    for make in (
+        lambda inputs: inputs.randn(2, 2**23, scale=2.0, dtype=torch.bfloat16),
+        lambda inputs: inputs.rand(2**24),
+        lambda inputs: inputs.randint(-127, 128, 2**24, dtype=torch.int8),
+    ):
+        a, b = make(first), make(first)
+        assert torch.equal(a, make(second))
+        assert torch.equal(b, make(second))
+        assert not torch.equal(a, b)
+        assert not torch.equal(a, make(other))
+    x, u, codes = first.randn(2**24, scale=2.0), first.rand(2**24), first.randint(5, 8, 2**24)
+    assert x.mean().abs() < 0.01
+    assert (x.std() - 2).abs() < 0.01
+    assert (u.mean() - 0.5).abs() < 0.01
+    assert codes.unique().tolist() == [5, 6, 7]
+    # Small ones are those of the CPU.
+    assert torch.equal(Inputs(device="cuda").randn(9).cpu(), Inputs().randn(9))
+
+
 def test_a_wrong_kernel_is_caught_through_a_case(monkeypatch):
     """check_case runs the backend that was asked for and holds it to the rule."""
     from tilewise import dispatch, fused

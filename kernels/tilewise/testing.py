@@ -13,6 +13,7 @@ by whoever writes a kernel of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,8 +159,15 @@ def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
 # --- inputs ---------------------------------------------------------------------------------------
 
 
+_MADE_ON_DEVICE = 1 << 24
+"""From so many elements on, a tensor for a GPU is made there: in milliseconds, not in seconds."""
+
+
 class Inputs:
     """Makes reproducible inputs of one dtype, the same numbers on every device.
+
+    But for tensors of 2^24 elements or more on a GPU: those come from a generator there, which has
+    other numbers (the same every time), and are drawn in float32.
 
     Args:
         dtype: of the floating-point tensors that name no other.
@@ -173,20 +181,29 @@ class Inputs:
         self.dtype = dtype
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
+        self._on_device: torch.Generator | None = None
+        if self.device.type == "cuda":
+            self._on_device = torch.Generator(self.device).manual_seed(seed)
+
+    def _source(self, shape: tuple[int, ...]) -> torch.Generator:
+        """The generator of a tensor of this shape, on whose device it is made."""
+        is_large = math.prod(shape) >= _MADE_ON_DEVICE
+        return self._on_device if is_large and self._on_device is not None else self._generator
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Any:
         """A normal tensor with standard deviation `scale`."""
-        x = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
-        return x.to(self.device, dtype or self.dtype)
+        x = _draw(torch.randn, shape, self._source(shape))
+        return x.mul_(scale).to(self.device, dtype or self.dtype)
 
     def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Any:
         """A uniform tensor in [0, 1)."""
-        x = torch.rand(shape, generator=self._generator, dtype=torch.float64)
-        return x.to(self.device, dtype or self.dtype)
+        return _draw(torch.rand, shape, self._source(shape)).to(self.device, dtype or self.dtype)
 
     def randint(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Any:
         """Integers in [low, high)."""
-        x = torch.randint(low, high, shape, generator=self._generator)
+        source = self._source(shape)
+        drawn = torch.int64 if source is self._generator else dtype
+        x = torch.randint(low, high, shape, generator=source, device=source.device, dtype=drawn)
         return x.to(self.device, dtype)
 
     def permutation(self, n: int, dtype: torch.dtype = torch.int64) -> Any:
@@ -196,6 +213,13 @@ class Inputs:
     def tensor(self, data: Any, dtype: torch.dtype) -> Any:
         """These very numbers."""
         return torch.tensor(data, dtype=dtype, device=self.device)
+
+
+def _draw(
+    sample: Callable[..., torch.Tensor], shape: tuple[int, ...], source: torch.Generator
+) -> torch.Tensor:
+    dtype = torch.float64 if source.device.type == "cpu" else torch.float32
+    return sample(shape, generator=source, device=source.device, dtype=dtype)
 
 
 class BlankInputs(Inputs):
