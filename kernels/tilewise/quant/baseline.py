@@ -11,6 +11,7 @@ rounded by the definition's own code.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -47,7 +48,7 @@ def why_not(
             return "PyTorch's fp8 product takes a scale per row, not per group"
         if 0 in (n, k, x.numel()):
             return "PyTorch's fp8 product takes no empty matrices"
-        return None
+        return _why_not_scales_per_row()
     if x.dtype != torch.bfloat16:
         return (
             "PyTorch's kernels are vectorized for bfloat16 only; in other dtypes they add one "
@@ -68,6 +69,18 @@ def why_not(
             "PyTorch's int4 kernel needs N to be a multiple of 16 and K of the group size, "
             f"got N {n} and K {k}"
         )
+    return None
+
+
+@functools.cache
+def _why_not_scales_per_row() -> str | None:
+    """Where AMX multiplies fp8, PyTorch 2.11 takes one scale for a whole matrix only."""
+    codes = torch.zeros(16, 16).to(torch.float8_e4m3fn)
+    scales = torch.ones(16, 1)
+    try:
+        torch._scaled_mm(codes, codes.mT, scales, scales.mT, out_dtype=torch.float32)
+    except RuntimeError:
+        return "this PyTorch's fp8 product takes no scale per row on this processor"
     return None
 
 
