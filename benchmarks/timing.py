@@ -22,8 +22,8 @@ Calls = Mapping[str, Callable[[], object]]
 """What is timed, by name."""
 
 _TURNS = 3
-_WARM_UP, _REPEAT = 10, 50  # milliseconds in each turn
-_SLOW = 5e-3  # seconds; of such a call three repeats in each turn are enough
+_TURN_SECONDS = 0.03
+_OTHER_BYTES = 256 << 20  # several times any GPU's L2
 
 
 def clock() -> float:
@@ -116,23 +116,31 @@ def device_seconds(call: Callable[[], object]) -> float:
     Of a replay this is the GPU's time. Where the call itself is timed and does not keep the GPU
     busy, because its launches come too slowly, the gaps count.
     """
-    call()
-    once = _seconds_between_events(call)
-    if once > _SLOW:  # a cold cache makes no odds
-        return statistics.median([once, *(_seconds_between_events(call) for _ in range(2))])
-    from triton.testing import do_bench
-
-    milliseconds: float = do_bench(call, warmup=_WARM_UP, rep=_REPEAT, return_mode="median")
-    return milliseconds / 1e3
+    once = _timed(call, 1)
+    return statistics.median(_timed(call, min(max(int(_TURN_SECONDS / once[0]), 3), 50)))
 
 
-def _seconds_between_events(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+@functools.cache
+def _other_data() -> torch.Tensor:
+    return torch.ones(_OTHER_BYTES // 4, device="cuda")
+
+
+def _timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each of the repeats, all queued before the first is over.
+
+    Before each the cache is filled with other data that is only read: of what was written, as
+    `triton.testing.do_bench` does, the call would pay for the way back to memory.
+    """
+    pairs = []
+    for _ in range(repeats):
+        _other_data().sum()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def on_device(calls: Calls) -> dict[str, float]:
