@@ -186,7 +186,8 @@ void multiply_bytes_all(const QuantizedMatmul& call, const Finisher& finish) {
     shapes.rows[6] = shapes.rows[7] = QUADS;
   }
   constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS, PANEL_BYTES = BYTE_STRIPS * STRIP_BYTES;
-  constexpr int64_t TILE_SUMS = TILE_HEIGHT * PANEL_ROWS, BLOCK_SUMS = 4 * TILE_SUMS;
+  constexpr int64_t TILE_SUMS = TILE_HEIGHT * PANEL_ROWS;
+  constexpr int64_t BLOCK_SUMS = 4 * TILE_SUMS + PANEL_ROWS;  // not a multiple of 4 KB: no two groups alias
 
   for_panels(
       call, finish, SHARED_PANELS,

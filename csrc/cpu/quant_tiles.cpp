@@ -11,7 +11,7 @@
 // fp8 activations are one piece, for weights in fp8 with one scale a row: codes of both are exact in
 // bfloat16, and the sums are scaled.
 //
-// Never run on hardware: tested in emulation, and the block sizes are calculated.
+// The block sizes are calculated, not measured.
 #include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
 #include "cpu/quant_strips.h"
