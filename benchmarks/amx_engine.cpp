@@ -80,7 +80,6 @@ void time_engine(int64_t dim) {
   const auto s = make_workspace<float>(Engine::ROW_STRIP * Engine::SCORE_STRIDE);
   const auto out = make_workspace<float>(Engine::ROW_BLOCK * out_stride);
   std::vector<RowState> state(Engine::ROW_BLOCK);
-  const RowBlock row{0, 0, 0, 0, Engine::KEY_BLOCK, 0, Engine::KEY_BLOCK, nullptr};
   const float factor = LOG2E / std::sqrt(static_cast<float>(dim));
   const Engine engine(dim, dim);
   const auto run = [&](bool tiles, bool softmax) {
@@ -95,9 +94,10 @@ void time_engine(int64_t dim) {
           engine.scores(queries.get() + strip * strip_queries, Engine::ROW_STRIP, keys, 0,
                         Engine::KEY_BLOCK, s.get());
         }
-        for (int64_t i = 0; softmax && i < Engine::ROW_STRIP; ++i) {
-          softmax_row<BFloat16>(s.get() + i * Engine::SCORE_STRIDE, row, factor, state[first + i],
-                                o + i * out_stride, out_stride);
+        for (int64_t i = 0; softmax && i < Engine::ROW_STRIP; i += F32::WIDTH) {
+          softmax_rows<BFloat16>(s.get() + i * Engine::SCORE_STRIDE, Engine::SCORE_STRIDE, 0,
+                                 Engine::KEY_BLOCK, factor, &state[first + i], o + i * out_stride,
+                                 out_stride, out_stride);
         }
         if (tiles) {
           engine.accumulate(reinterpret_cast<const BFloat16*>(s.get()), Engine::ROW_STRIP,

@@ -21,7 +21,9 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#include "cpu/attention_backward_tiles.h"
+#elif defined(__AVX512F__)
 #include "cpu/attention_backward_pairs.h"
 #endif
 
@@ -177,6 +179,7 @@ void run(const Attention& a, const AttentionGradients& g, const Task& task, Scra
   const Sequence& s = *task.s;
   const int64_t query_blocks = query_blocks_of(s.q_len), group = group_size(a);
   Block& block = scratch.block;
+  [[maybe_unused]] const typename Block::Scope scope{};
   bool loaded = false;
   for (int64_t h = task.kv_head * group; h < (task.kv_head + 1) * group; ++h) {
     for (int64_t i = query_blocks - 1; i >= 0; --i) {
@@ -198,6 +201,7 @@ void run(const Attention& a, const AttentionGradients& g, const Task& task, Scra
     }
   }
   if (!loaded) return;  // zeros are there
+  block.finish(scratch.grad_k, scratch.grad_v);
   const int64_t row = (a.cu_seqlens_k ? 0 : s.index) * g.grad_k.batch_stride +
                       (s.k_begin + task.key_block * KEY_BLOCK) * g.grad_k.seq_stride +
                       task.kv_head * g.grad_k.head_stride;
@@ -279,7 +283,9 @@ void backward(const Attention& a, const AttentionGradients& g) {
 }  // namespace
 
 void attention_backward(const Attention& a, const AttentionGradients& g) {
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+  if (BackwardTiles::takes(a)) return backward<BackwardTiles>(a, g);
+#elif defined(__AVX512F__)
   if (BackwardPairs::takes(a)) return backward<BackwardPairs>(a, g);
 #endif
   switch (a.dtype) {

@@ -97,8 +97,13 @@ class Carver {
 
 class BackwardRows {
  public:
+  struct Scope {};  // lives as long as a thread computes
+
   BackwardRows(const Attention& a, const Heads& grad_out, const float* delta)
       : a_(a), grad_out_(grad_out), delta_of_rows_(delta) {}
+
+  // Where gradients of keys and values are written that a block has summed up by itself.
+  void finish(Matrix, Matrix) const {}
 
   int64_t queries, keys;
   Range keys_of_tile[QUERY_BLOCK / TILE_ROWS];   // that any of TILE_ROWS queries sees
@@ -236,6 +241,7 @@ class BackwardRows {
   }
 
   const Attention& a_;
+  Range keys_of_query_[QUERY_BLOCK];
 
  private:
   template <class T>
@@ -246,7 +252,6 @@ class BackwardRows {
   const Heads& grad_out_;
   const float* delta_of_rows_;
   int64_t first_key_ = 0, first_query_ = 0;
-  Range keys_of_query_[QUERY_BLOCK];
   float lse_[QUERY_BLOCK], delta_[QUERY_BLOCK];
 };
 

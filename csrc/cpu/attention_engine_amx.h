@@ -18,11 +18,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/attention.h"
-#include "cpu/bf16_rows.h"
-#include "cpu/simd.h"
+#include "cpu/tile_packing.h"
 #include "cpu/tile_product.h"
 
 namespace tilewise {
@@ -43,65 +41,35 @@ class AmxEngineOf {
   // Weights are rounded to bfloat16. A row of fewer than 16 sums may by chance be so much smaller
   // than what it is summed from that this shows in the result.
   static bool takes(const Attention& a) {
-    return a.dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.v_dim >= WIDTH;
+    return a.dtype == DType::bf16 && a.kv_dtype == DType::bf16 && a.v_dim >= TILE_WIDTH;
   }
 
-  static int64_t query_size(int64_t dim) { return ROW_BLOCK * depth_of(dim) * DEPTH; }
-  static int64_t key_size(int64_t dim) { return KEY_BLOCK * depth_of(dim) * DEPTH; }
-  static int64_t value_size(int64_t v_dim) { return KEY_BLOCK * columns_of(v_dim) * WIDTH; }
-  static int64_t out_stride(int64_t v_dim) { return columns_of(v_dim) / 2 * 2 * WIDTH + WIDTH; }
+  static int64_t query_size(int64_t dim) { return ROW_BLOCK * tile_depth_of(dim) * TILE_DEPTH; }
+  static int64_t key_size(int64_t dim) { return KEY_BLOCK * tile_depth_of(dim) * TILE_DEPTH; }
+  static int64_t value_size(int64_t v_dim) { return KEY_BLOCK * tile_columns_of(v_dim) * TILE_WIDTH; }
+  static int64_t out_stride(int64_t v_dim) { return (tile_columns_of(v_dim) | 1) * TILE_WIDTH; }
 
   AmxEngineOf(int64_t dim, int64_t v_dim) : dim_(dim), v_dim_(v_dim) {}
 
-  // Tile (i, k) has rows 16 i ... and elements 32 k ..., and follows tile (i, k - 1).
   void pack_queries(const Element* const* rows, int64_t count, Element* out) const {
-    const int64_t depth = depth_of(dim_);
-    for (int64_t i = 0; i < count; ++i) {
-      Element* to = out + i / TILE_HEIGHT * depth * TILE_ELEMENTS + i % TILE_HEIGHT * DEPTH;
-      for (int64_t k = 0; k < depth; ++k) {
-        store_row(to + k * TILE_ELEMENTS, load_row(rows[i] + k * DEPTH, dim_ - k * DEPTH));
-      }
-    }
+    pack_tile_rows(rows, count, dim_, out);
   }
 
-  // Tile (k, j) has elements 32 k ... of keys 16 j ..., turned: pairs of elements as rows. It
-  // follows tile (k - 1, j).
   void pack_keys(const Element* const* rows, int64_t count, Element* out) const {
-    for (int64_t j = 0; j < count; j += WIDTH) {
-      for (int64_t k = 0; k < dim_; k += DEPTH, out += TILE_ELEMENTS) {
-        F32 block[WIDTH];  // 32-bit lanes, each of them two elements
-        for (int i = 0; i < WIDTH; ++i) {
-          block[i] = _mm512_castsi512_ps(load_row(rows[j + i] + k, dim_ - k));
-        }
-        transpose(block);
-        for (int i = 0; i < WIDTH; ++i) {
-          store_row(out + i * DEPTH, _mm512_castps_si512(block[i].v));
-        }
-      }
-    }
+    pack_tile_columns(rows, count, dim_, out);
   }
 
-  // Tile (k, n) has elements 16 n ... of values 32 k ..., each row two values zipped. It follows
-  // tile (k - 1, n), and there is room for KEY_BLOCK values a column.
   void pack_values(const Element* const* rows, int64_t count, Element* out) const {
-    const int64_t columns = columns_of(v_dim_);
-    for (int64_t k = 0; k < count; k += 2, out += DEPTH) {
-      for (int64_t n = 0; n < columns; n += 2) {
-        Element* to = out + n * KEY_BLOCK * WIDTH;
-        alignas(64) Element nowhere[DEPTH];
-        zip_rows(rows[k] + n * WIDTH, rows[k + 1] + n * WIDTH, v_dim_ - n * WIDTH, to,
-                 n + 1 < columns ? to + KEY_BLOCK * WIDTH : nowhere);
-      }
-    }
+    pack_tile_pairs(rows, count, v_dim_, KEY_BLOCK, out);
   }
 
   void scores(const Element* queries, int64_t count, const Element* keys, int64_t begin,
               int64_t end, float* s) const {
-    const int64_t depth = depth_of(dim_);
-    const int64_t panel = std::max<int64_t>(2, PANEL_TILES / depth) * WIDTH;
+    const int64_t depth = tile_depth_of(dim_);
+    const int64_t panel = std::max<int64_t>(2, PANEL_TILES / depth) * TILE_WIDTH;
     for (int64_t j = begin; j < end; j += panel) {
-      const int64_t columns = std::min(panel, end - j) / WIDTH;
-      const Element* b = keys + j * depth * DEPTH;
+      const int64_t columns = std::min(panel, end - j) / TILE_WIDTH;
+      const Element* b = keys + j * depth * TILE_DEPTH;
       multiply_tiles<false>(
           count, depth, columns,
           {bytes(queries), TILE_SIZE, depth * TILE_SIZE, TILE_BYTES, bytes(b), depth * TILE_SIZE,
@@ -112,23 +80,16 @@ class AmxEngineOf {
   void accumulate(const Element* weights, int64_t count, const Element* values, int64_t begin,
                   int64_t end, float* out) const {
     constexpr int64_t STRIDE = SCORE_STRIDE * sizeof(float);
-    multiply_tiles<true>(count, (end - begin) / DEPTH, columns_of(v_dim_),
+    multiply_tiles<true>(count, (end - begin) / TILE_DEPTH, tile_columns_of(v_dim_),
                        {bytes(weights + begin), TILE_BYTES, TILE_HEIGHT * STRIDE, STRIDE,
-                        bytes(values + begin * WIDTH), KEY_BLOCK * WIDTH * 2, out,
+                        bytes(values + begin * TILE_WIDTH), KEY_BLOCK * TILE_WIDTH * 2, out,
                         out_stride(v_dim_)});
   }
 
  private:
-  static constexpr int64_t DEPTH = 32;  // elements of a row of A
-  static constexpr int64_t WIDTH = 16;  // columns of B and C
-  static constexpr int64_t TILE_ELEMENTS = TILE_HEIGHT * DEPTH;
   static constexpr int64_t PANEL_TILES = 16;  // of keys, kept in the first-level cache
 
-  static int64_t depth_of(int64_t dim) { return (dim + DEPTH - 1) / DEPTH; }
-  static int64_t columns_of(int64_t v_dim) { return (v_dim + WIDTH - 1) / WIDTH; }
   static const char* bytes(const Element* p) { return reinterpret_cast<const char*>(p); }
-
-  static void store_row(Element* p, __m512i row) { _mm512_store_si512(p, row); }
 
   int64_t dim_, v_dim_;
   Tiles tiles_;

@@ -209,14 +209,32 @@ class Prefill {
       row.flags = flags;
       engine.scores(scratch.queries.get() + at_row * query_stride, end_row - i, keys, row.begin,
                     row.end, scratch.scores.get());
-      for (int64_t r = i; r < end_row; ++r) {
-        run_row(unit, r, row, scratch.scores.get() + (r - i) * Engine::SCORE_STRIDE,
-                scratch.bias.get(), scratch.state[r - tile.first_row],
-                out + (r - i) * out_stride);
+      for (int64_t r = i; r < end_row;) {
+        float* s = scratch.scores.get() + (r - i) * Engine::SCORE_STRIDE;
+        RowState* states = &scratch.state[r - tile.first_row];
+        float* sums = out + (r - i) * out_stride;
+#if defined(__AVX512F__)
+        constexpr int TOGETHER = F32::WIDTH;
+        if (r + TOGETHER <= end_row && see_all(unit, r, r + TOGETHER, row) &&
+            softmax_rows<Weight>(s, Engine::SCORE_STRIDE, row.begin, row.end, options_.factor(),
+                                 states, sums, out_stride, out_stride)) {
+          r += TOGETHER;
+          continue;
+        }
+#endif
+        run_row(unit, r, row, s, scratch.bias.get(), *states, sums);
+        ++r;
       }
       engine.accumulate(reinterpret_cast<const Weight*>(scratch.scores.get()), end_row - i,
                         keys + key_size_, row.begin, row.end, out);
     }
+  }
+
+  // Whether all scores of the rows are as they are.
+  bool see_all(const Unit& unit, int64_t first_row, int64_t end_row, const RowBlock& row) const {
+    return options_.plain() && !row.flags &&
+           visible_keys(a_, unit.s, (end_row - 1) / group_).first <= row.first_key + row.begin &&
+           visible_keys(a_, unit.s, first_row / group_).end >= row.first_key + row.end;
   }
 
   void run_row(const Unit& unit, int64_t r, RowBlock row, float* s, float* bias, RowState& state,

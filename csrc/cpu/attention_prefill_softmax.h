@@ -119,6 +119,45 @@ inline void clear(T* x, int begin, int end) {
   if (begin < end) std::memset(static_cast<void*>(x + begin), 0, (end - begin) * sizeof(T));
 }
 
+// The maxima of a row's vectors of scores from `first` as far as the one at `last`.
+inline F32 row_maxima(const float* s, int first, int last) {
+  constexpr int W = F32::WIDTH;
+  const F32 none = F32::all(-INFINITY);
+  F32 maxima[4] = {none, none, none, none};
+  int j = first;
+  for (; j + 3 * W <= last; j += 4 * W) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) maxima[i] = max(maxima[i], load(s + j + i * W));
+  }
+  for (; j <= last; j += W) maxima[0] = max(maxima[0], load(s + j));
+  return max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]));
+}
+
+// Turns the same scores into weights, in place, and sums them up lane by lane.
+template <class Weight>
+inline F32 row_weights(float* s, int first, int last, F32 factor, F32 minus_max) {
+  constexpr int W = F32::WIDTH;
+  Weight* weights = reinterpret_cast<Weight*>(s);  // behind the scores still to be read
+  F32 sums[4] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
+  int j = first;
+  for (; j + 3 * W <= last; j += 4 * W) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2) {
+      const F32 p = exp2_below_one(fma(load(s + j + i * W), factor, minus_max));
+      const F32 q = exp2_below_one(fma(load(s + j + i * W + W), factor, minus_max));
+      sums[i] = sums[i] + p;
+      sums[i + 1] = sums[i + 1] + q;
+      store_pair(weights + j + i * W, p, q);
+    }
+  }
+  for (; j <= last; j += W) {
+    const F32 p = exp2_below_one(fma(load(s + j), factor, minus_max));
+    sums[0] = sums[0] + p;
+    store(weights + j, p);
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Turns the scores [low, high) of a row into weights, in place, and those of the rest of
 // [begin, end) into 0; rescales `out`, what the row has summed up so far. `begin` and `end` are
 // multiples of the vector width.
@@ -134,15 +173,7 @@ inline void softmax_row(float* s, const RowBlock& row, float factor, RowState& s
   store(s + first, select_below(row.low - first, hidden, load(s + first)));
   store(s + last, select_below(row.high - last, load(s + last), hidden));
 
-  F32 maxima[4] = {hidden, hidden, hidden, hidden};
-  int j = first;
-  for (; j + 3 * W <= last; j += 4 * W) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) maxima[i] = max(maxima[i], load(s + j + i * W));
-  }
-  for (; j <= last; j += W) maxima[0] = max(maxima[0], load(s + j));
-  const float block_max =
-      reduce_max(max(max(maxima[0], maxima[1]), max(maxima[2], maxima[3]))) * factor;
+  const float block_max = reduce_max(row_maxima(s, first, last)) * factor;
   if (block_max > state.max) {
     const float rescale = exp2(state.max - block_max);
     state.max = block_max;
@@ -152,26 +183,48 @@ inline void softmax_row(float* s, const RowBlock& row, float factor, RowState& s
   // Nothing visible so far: -inf - -inf must not be computed.
   if (state.max == -INFINITY) return clear(weights, row.begin, row.end);
 
-  const F32 c = F32::all(factor), minus_max = F32::all(-state.max);
-  F32 sums[4] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
-  for (j = first; j + 3 * W <= last; j += 4 * W) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 4; i += 2) {
-      const F32 p = exp2_below_one(fma(load(s + j + i * W), c, minus_max));
-      const F32 q = exp2_below_one(fma(load(s + j + i * W + W), c, minus_max));
-      sums[i] = sums[i] + p;
-      sums[i + 1] = sums[i + 1] + q;
-      store_pair(weights + j + i * W, p, q);
-    }
-  }
-  for (; j <= last; j += W) {
-    const F32 p = exp2_below_one(fma(load(s + j), c, minus_max));
-    sums[0] = sums[0] + p;
-    store(weights + j, p);
-  }
-  state.sum += reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  state.sum += reduce_add_as_each(
+      row_weights<Weight>(s, first, last, F32::all(factor), F32::all(-state.max)));
   clear(weights, row.begin, first);
   clear(weights, last + W, row.end);
 }
+
+#if defined(__AVX512F__)
+
+// The same, bit for bit, for a vector's width of rows that see all of [begin, end): what there is to do
+// once a row is done for all of them at once, and no row waits for its own maximum. Returns false, with
+// nothing changed, if the maximum of some row is not a number above -inf.
+template <class Weight>
+inline bool softmax_rows(float* s, int64_t stride, int begin, int end, float factor, RowState* states,
+                         float* out, int64_t out_stride, int64_t out_width) {
+  constexpr int W = F32::WIDTH;
+  const int last = end - W;
+  F32 of_rows[W];
+  for (int r = 0; r < W; ++r) of_rows[r] = row_maxima(s + r * stride, begin, last);
+  const F32 block_max = reduce_each(of_rows, [](F32 x, F32 y) { return max(x, y); }) * F32::all(factor);
+  alignas(ALIGNMENT) float maxima[W], before[W], rescales[W], sums[W];
+  store(maxima, block_max);
+  bool all_seen = true;
+  for (int r = 0; r < W; ++r) {
+    before[r] = states[r].max;
+    all_seen &= maxima[r] > -INFINITY;
+  }
+  if (!all_seen) return false;
+  store(rescales, exp2(load(before) - block_max));
+  for (int r = 0; r < W; ++r) {
+    if (maxima[r] > before[r]) {
+      states[r].max = maxima[r];
+      states[r].sum *= rescales[r];
+      scale_row(out + r * out_stride, out_width, rescales[r]);
+    }
+    of_rows[r] = row_weights<Weight>(s + r * stride, begin, last, F32::all(factor),
+                                     F32::all(-states[r].max));
+  }
+  store(sums, reduce_each(of_rows));
+  for (int r = 0; r < W; ++r) states[r].sum += sums[r];
+  return true;
+}
+
+#endif
 
 }  // namespace tilewise

@@ -11,7 +11,7 @@
 // fp8 activations are one piece, for weights in fp8 with one scale a row: codes of both are exact in
 // bfloat16, and the sums are scaled.
 //
-// Never run on hardware: tested in emulation, and the block sizes are calculated.
+// The block sizes are calculated, not measured.
 #include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
 #include "cpu/quant_strips.h"
@@ -114,7 +114,11 @@ bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, con
         const int64_t rows = segment.end - segment.begin, stride = count * PANEL_ROWS;
         const auto tiles = make_workspace<char>(count * PANEL);
         const Tiles on;
-        std::fill_n(sums, round_up(rows, TILE_HEIGHT) * stride, 0.0f);
+        const int64_t size = round_up(rows, TILE_HEIGHT) * stride;
+        // Products of later pieces are small: added to the others at once, each would round their sum.
+        const auto small = make_workspace<float>(PIECES > 1 ? size : 0);
+        std::fill_n(sums, size, 0.0f);
+        std::fill_n(small.get(), PIECES > 1 ? size : 0, 0.0f);
         Strip strip;
         for (int64_t first = 0; first < strips; first += FLOAT_STRIPS) {
           const int64_t deep = std::min(strips - first, FLOAT_STRIPS);
@@ -132,10 +136,14 @@ bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, con
                 multiply_tiles<true>(
                     together, deep, count,
                     {x.tile(i, first, segment.begin + m), x.strip_bytes(), TILE_SIZE, TILE_BYTES,
-                     tiles.get() + j * PIECE, PANEL, sums + m * stride, stride});
+                     tiles.get() + j * PIECE, PANEL,
+                     (i + j > 0 ? small.get() : sums) + m * stride, stride});
               }
             }
           }
+        }
+        if constexpr (PIECES > 1) {
+          for (int64_t i = 0; i < rows * stride; i += W) store(sums + i, load(sums + i) + load(&small[i]));
         }
         if (!x_scales) return;
         for (int i = 0; i < count; ++i) {

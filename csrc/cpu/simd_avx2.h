@@ -118,6 +118,8 @@ inline float reduce_add(F32 a) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+inline float reduce_add_as_each(F32 a) { return reduce_add(a); }
+
 inline float reduce_max(F32 a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));

@@ -154,6 +154,15 @@ inline F32 reduce_each(const F32* a) {
   return reduce_each(a, [](F32 x, F32 y) { return x + y; });
 }
 
+// The sum of one vector, with the bits that it has among sixteen.
+inline float reduce_add_as_each(F32 a) {
+  a = a + F32(_mm512_permute_ps(a.v, 0x4e));
+  a = a + swap_neighbours(a);
+  a = a + F32(_mm512_shuffle_f32x4(a.v, a.v, 0xb1));
+  a = a + F32(_mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+  return _mm512_cvtss_f32(a.v);
+}
+
 inline F32 load_f32(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_f32(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 inline F32 load_partial_f32(const float* p, int n) { return _mm512_maskz_loadu_ps(mask_of(n), p); }

@@ -172,6 +172,7 @@ inline __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
 }
 
 // As the compilers sum: halves, quarters, pairs.
+inline float _mm512_cvtss_f32(__m512 a) { return _mm256_cvtss_f32(a.low); }
 inline float _mm512_reduce_add_ps(__m512 a) {
   const __m256 b = _mm256_add_ps(a.high, a.low);
   const __m128 c = _mm_add_ps(_mm256_extractf128_ps(b, 1), _mm256_castps256_ps128(b));
