@@ -52,8 +52,8 @@ _FORWARD: dict[str, Table] = {
     "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
     "sm_86": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
     "sm_90": {
-        64: (128, 128, 8, 2),
-        128: (128, 64, 8, 2),
+        64: (128, 64, 4, 3),
+        128: (64, 64, 4, 3),
         256: (64, 32, 8, 2),
         1024: (32, 16, 8, 1),
     },
@@ -67,6 +67,21 @@ _FORWARD: dict[str, Table] = {
         64: (128, 64, 4, 1),
         128: (128, 64, 8, 1),
         256: (64, 32, 8, 1),
+        1024: (32, 16, 8, 1),
+    },
+}
+# With descriptors. Of sm_90 measured on an H200: on causal attention with heads of 64 and 128.
+_FORWARD_DESCRIPTORS: dict[str, Table] = {
+    "sm_90": {
+        64: (64, 128, 4, 2),
+        128: (64, 64, 4, 3),
+        256: (64, 32, 8, 2),
+        1024: (32, 16, 8, 1),
+    },
+    "sm_100": {
+        64: (64, 128, 4, 2),
+        128: (64, 64, 4, 3),
+        256: (64, 32, 8, 2),
         1024: (32, 16, 8, 1),
     },
 }
@@ -87,6 +102,14 @@ _GRAD_QUERIES: dict[str, Table] = {
     "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
 }
 _GRAD_KEYS = _GRAD_QUERIES
+_GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_100": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+}
+_GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_100": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+}
 _BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
 
 
@@ -113,6 +136,22 @@ def _blocks(
         blocks = tuning.chosen(q, asked, blocks, {"m": 16, "n": 16})
     m, n, warps, stages = blocks
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _have_descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether tiles of all of them can be loaded with descriptors: TMA asks for 16 bytes.
+
+    Lengths must not decide it, a row's bits would depend on them: only the strides of the batch,
+    where there is but one row, do not count.
+    """
+
+    def fits(x: torch.Tensor) -> bool:
+        *batch, tokens, heads, _ = x.stride()
+        strides = [tokens, heads, *(batch if x.shape[0] > 1 else ())]
+        is_aligned = all(stride % 8 == 0 for stride in strides) and x.data_ptr() % 16 == 0
+        return x.dtype.itemsize == 2 and tokens >= x.shape[-1] and is_aligned
+
+    return gpu.has_descriptors(tensors[0]) and all(fits(x) for x in tensors)
 
 
 @FLASH_ATTENTION.kernel("triton")
@@ -171,10 +210,16 @@ def _attend(
     else:
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     is_plain = alibi_slopes is None and bias is None and softcap == 0
-    blocks = _blocks(q, v.shape[-1], "forward", _FORWARD, _FORWARD_FLOAT32, is_plain=is_plain)
+    descriptors = _have_descriptors(k, v)
+    name, tables = ("forward", _FORWARD)
+    if descriptors:
+        name, tables = (f"{name} by descriptors", _FORWARD_DESCRIPTORS)
+    blocks = _blocks(q, v.shape[-1], name, tables, _FORWARD_FLOAT32, is_plain=is_plain)
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
+    # Not for a scale with which a product of -inf, or the largest finite one, would become another.
+    fold = is_plain and 1e-20 < scale < 0.5
     alibi_slopes, sinks, bias = extras(alibi_slopes, sinks, bias)
     gpu.launch(
         kernels.forward,
@@ -194,7 +239,10 @@ def _attend(
         softcap,
         window_left,
         0 if causal else window_right,
-        **_constants(q, k, v, bias, softcap),
+        FOLD=fold,
+        DESCRIPTORS=descriptors,
+        needs_scratch=descriptors,
+        **_constants(q, k, v, bias, softcap, window_left),
         **blocks,
     )
     return out, lse
@@ -234,11 +282,17 @@ def _layout(
 
 
 def _constants(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    window_left: int,
 ) -> dict[str, Any]:
     main, rest = pieces(q.shape[-1])
     return {
         "GROUP": q.shape[-2] // k.shape[-2],
+        "HAS_LEFT": window_left >= 0,
         "HAS_SOFTCAP": softcap > 0,
         "IS_MASK": bias is not None and bias.dtype == torch.bool,
         "D_MAIN": main,
@@ -358,26 +412,35 @@ def _gradients(
         is_plain = slopes is None and added is None and softcap == 0
         ends = (cu_seqlens_q, cu_seqlens_k)
         options = (scale, softcap, window_left, 0 if causal else window_right)
-        constants = _constants(q, k, v, added, softcap)
+        constants = _constants(q, k, v, added, softcap, window_left)
 
-        def blocks_for(name: str, tables: dict[str, Table]) -> dict[str, int]:
-            return _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
-
-        blocks = blocks_for("grad of queries", _GRAD_QUERIES)
+        descriptors = _have_descriptors(k, v)
+        name, tables = "grad of queries", _GRAD_QUERIES
+        if descriptors:
+            name, tables = f"{name} by descriptors", _GRAD_QUERIES_DESCRIPTORS
+        blocks = _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_queries,
             _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
             *(q, k, v, grad_out, lse, delta, grad_q, scores),
             *(*ends, slopes, added, *layout, *options),
+            DESCRIPTORS=descriptors,
+            needs_scratch=descriptors,
             **constants,
             **blocks,
         )
-        blocks = blocks_for("grad of keys", _GRAD_KEYS)
+        descriptors = _have_descriptors(q, grad_out)
+        name, tables = "grad of keys", _GRAD_KEYS
+        if descriptors:
+            name, tables = f"{name} by descriptors", _GRAD_KEYS_DESCRIPTORS
+        blocks = _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,
             _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
             *(q, k, v, grad_out, lse, delta, grad_k, grad_v),
             *(*ends, slopes, added, *layout, *options),
+            DESCRIPTORS=descriptors,
+            needs_scratch=descriptors,
             **constants,
             **blocks,
         )
