@@ -147,25 +147,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *args: Any,
-    needs_scratch: bool = False,
-    **options: Any,
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run a `triton.jit` kernel on the device of its first argument.
 
     Args:
         kernel: a function decorated by `triton.jit`.
         grid: programs in each dimension; where one is 0 there is nothing to do.
         args: of the kernel; the first is a tensor.
-        needs_scratch: whether programs want memory of their own, as those that make descriptors do.
         options: its constexpr arguments, `num_warps`, `num_stages`; `enable_fp_fusion=False` keeps
-            the compiler from contracting a product and a sum into one FMA.
+            the compiler from contracting a product and a sum into one FMA. `needs_scratch=True`:
+            programs want memory of their own, as those do that make descriptors.
     """
     if 0 in grid:
         return
+    needs_scratch = options.pop("needs_scratch", False)
     # Said at every launch: what it is by default changes from one version of Triton to the next.
     options.setdefault("enable_fp_fusion", True)
     if _compilation is not None:

@@ -389,7 +389,9 @@ def _gradients(
     slopes, sink_logits, added = extras(alibi_slopes, sinks, bias)
     layout = _layout(q, k, v, cu_seqlens_q, slopes, added)
     batch, heads, tokens, k_tokens, _, v_dim = layout[:6]
-    delta = torch.empty_like(lse)
+    room = -(-tokens // 4) * 4  # so that the tokens of each head begin at 16 bytes
+    shape = (1 if is_ragged else batch, heads, room)
+    shifts, delta = lse.new_empty(shape), lse.new_empty(shape)
     scores = None
     if bias is not None and needs_grad_bias:
         rows = (heads, tokens) if is_ragged else (batch, heads, tokens)
@@ -402,9 +404,14 @@ def _gradients(
             (-(-lse.numel() // rows_each),),
             grad_out,
             out,
+            lse,
             None if grad_lse is None else grad_lse.contiguous(),
+            shifts,
             delta,
             lse.numel(),
+            heads,
+            tokens,
+            room,
             v_dim,
             ROWS=rows_each,
             BLOCK=block,
@@ -422,8 +429,8 @@ def _gradients(
         gpu.launch(
             kernels.grad_queries,
             _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
-            *(q, k, v, grad_out, lse, delta, grad_q, scores),
-            *(*ends, slopes, added, *layout, *options),
+            *(q, k, v, grad_out, shifts, delta, grad_q, scores),
+            *(*ends, slopes, added, *layout, room, *options),
             DESCRIPTORS=descriptors,
             needs_scratch=descriptors,
             **constants,
@@ -437,8 +444,8 @@ def _gradients(
         gpu.launch(
             kernels.grad_keys,
             _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
-            *(q, k, v, grad_out, lse, delta, grad_k, grad_v),
-            *(*ends, slopes, added, *layout, *options),
+            *(q, k, v, grad_out, shifts, delta, grad_k, grad_v),
+            *(*ends, slopes, added, *layout, room, *options),
             DESCRIPTORS=descriptors,
             needs_scratch=descriptors,
             **constants,
@@ -447,7 +454,8 @@ def _gradients(
     grad_sinks, grad_bias = q.new_empty(0), q.new_empty(0)
     if sinks is not None and sink_logits is not None:
         share = torch.exp(sink_logits - lse).masked_fill(lse == -torch.inf, 0)
-        grad_sinks = -(share * delta).flatten(0, -2).sum(0).to(sinks.dtype)
+        of_rows = delta[..., :tokens].transpose(1, 2).reshape(share.shape)
+        grad_sinks = -(share * of_rows).flatten(0, -2).sum(0).to(sinks.dtype)
     if bias is not None and scores is not None:
         grad_bias = scores.sum_to_size(bias.shape).to(bias.dtype)
     return (*grads, grad_sinks, grad_bias)

@@ -20,12 +20,38 @@ from tilewise.attention.triton_kernels import (
     sight,
     visible_tiles,
 )
-from tilewise.attention.triton_tiles import finite, load_rows, matrix, tile_of, wide
+from tilewise.attention.triton_tiles import (
+    finite,
+    load_rows,
+    matrix,
+    part_of,
+    tile_of,
+    vector,
+    wide,
+)
 
 
 @triton.jit
-def row_sums(grad_out, out, grad_lse, delta, count, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """delta = sum(grad_out * out) - grad_lse of ROWS rows of `count`; all are contiguous."""
+def row_sums(
+    grad_out,
+    out,
+    lse,
+    grad_lse,
+    shifts,
+    delta,
+    count,
+    heads,
+    tokens,
+    room,
+    dim,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """delta = sum(grad_out * out) - grad_lse of ROWS rows of `count`, and lse in base 2.
+
+    Those come out as (batch, heads, room), so that tokens are contiguous, and the shift of a row
+    that sees nothing is 0; all else is contiguous as (batch, tokens, heads, dim).
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = rows < count
     columns = tl.arange(0, BLOCK)
@@ -36,7 +62,12 @@ def row_sums(grad_out, out, grad_lse, delta, count, dim, ROWS: tl.constexpr, BLO
     total = tl.sum(o * g, 1)
     if grad_lse is not None:
         total -= tl.load(grad_lse + rows, mask=here, other=0.0)
-    tl.store(delta + rows, total, mask=here)
+    shift = tl.load(lse + rows, mask=here, other=0.0)
+    shift = tl.where(shift == float("-inf"), 0.0, shift * LOG2_E)
+    token = rows // heads
+    to = (token // tokens * heads + rows % heads) * room + token % tokens
+    tl.store(delta + to, total, mask=here)
+    tl.store(shifts + to, shift, mask=here)
 
 
 @triton.jit
@@ -47,7 +78,7 @@ def _tile(
     columns,
     columns_rest,
     column_values,
-    log_sum,
+    shift,
     delta,
     queries,
     keys,
@@ -82,7 +113,7 @@ def _tile(
         CHECK=False,
     )  # fmt: skip
     # Of a row that sees what is not finite the log-sum-exp is NaN, and so is all that follows.
-    p = tl.exp2(s - tl.where(log_sum == float("-inf"), 0.0, log_sum * LOG2_E))
+    p = tl.exp2(s - shift)
     of_p = tl.dot(row_values, tl.trans(column_values), input_precision="ieee")
     of_s = p * (of_p - delta)
     if MASKED or HAS_BIAS:  # 0 x NaN of a value that is not seen
@@ -102,7 +133,7 @@ def grad_queries(
     k,
     v,
     grad_out,
-    lse,
+    shifts,
     delta,
     grad_q,
     grad_scores,
@@ -131,6 +162,7 @@ def grad_queries(
     bias_stride_q,
     bias_stride_k,
     bias_keys,
+    room,
     scale,
     softcap,
     left,
@@ -146,7 +178,7 @@ def grad_queries(
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """grad q of BLOCK_M queries of a head; grad_out, lse, delta and grad_q are contiguous.
+    """grad q of BLOCK_M queries of a head; grad_out and grad_q are contiguous.
 
     `grad_scores` is None or (batch, heads, queries, bias_keys), where all that is seen is written.
     """
@@ -189,8 +221,9 @@ def grad_queries(
         upstream = load_rows(
             grad_out + first_row * v_dim, heads * v_dim, first, q_len, v_dim, 0, BLOCK_M, D_V
         )
-        log_sum = tl.load(lse + first_row + queries * heads, mask=here, other=float("-inf"))
-        of_row = tl.load(delta + first_row + queries * heads, mask=here, other=0.0)
+        vectors = (of_batch * heads + h) * room + q_begin
+        shift = part_of(shifts + vectors, first, q_len, BLOCK_M, False)
+        of_row = part_of(delta + vectors, first, q_len, BLOCK_M, False)
 
         main = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
         rest = main
@@ -225,7 +258,7 @@ def grad_queries(
                     )
                 values = tile_of(all_v, v_stride_s, at, k_len, v_dim, 0, BLOCK_N, D_V, DESCRIPTORS)
                 _, of_s, of_dots = _tile(
-                    q_main, q_rest, upstream, k_main, k_rest, values, log_sum[:, None],
+                    q_main, q_rest, upstream, k_main, k_rest, values, shift[:, None],
                     of_row[:, None], queries[:, None], keys[None, :], begins[:, None],
                     ends[:, None], past, scale, softcap, slope, bias, bias_stride_q, bias_stride_k,
                     phase != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, D_REST,
@@ -260,7 +293,7 @@ def grad_keys(
     k,
     v,
     grad_out,
-    lse,
+    shifts,
     delta,
     grad_k,
     grad_v,
@@ -289,6 +322,7 @@ def grad_keys(
     bias_stride_q,
     bias_stride_k,
     bias_keys,
+    room,
     scale,
     softcap,
     left,
@@ -382,6 +416,10 @@ def grad_keys(
             all_upstream = matrix(
                 of_upstream, heads * v_dim, q_len, v_dim, BLOCK_M, D_V, DESCRIPTORS
             )
+            vectors = (of_batch * heads + h) * room + q_begin
+            IN_PLACE: tl.constexpr = DESCRIPTORS and cu_seqlens_q is None  # else not at 16 bytes
+            all_shifts = vector(shifts + vectors, q_len, BLOCK_M, IN_PLACE)
+            all_delta = vector(delta + vectors, q_len, BLOCK_M, IN_PLACE)
             for phase in tl.static_range(3 if HAS_LEFT else 2):
                 if phase == 0:
                     low, high = begin, inner
@@ -391,7 +429,6 @@ def grad_keys(
                     low, high = outer, end
                 for first in tl.range(low, high, BLOCK_M):
                     queries = first + tl.arange(0, BLOCK_M)
-                    here = queries < q_len
                     begins, ends = sight(queries, past, q_len, k_len, left, right)
                     q_main = tile_of(
                         all_q, q_stride_s, first, q_len, dim, 0, BLOCK_M, D_MAIN, DESCRIPTORS
@@ -406,11 +443,10 @@ def grad_keys(
                         all_upstream, heads * v_dim, first, q_len, v_dim, 0, BLOCK_M, D_V,
                         DESCRIPTORS,
                     )  # fmt: skip
-                    at_row = first_row + queries * heads
-                    log_sum = tl.load(lse + at_row, mask=here, other=float("-inf"))
-                    of_row = tl.load(delta + at_row, mask=here, other=0.0)
+                    shift = part_of(all_shifts, first, q_len, BLOCK_M, IN_PLACE)
+                    of_row = part_of(all_delta, first, q_len, BLOCK_M, IN_PLACE)
                     p, _, of_dots = _tile(
-                        k_main, k_rest, values, q_main, q_rest, upstream, log_sum[None, :],
+                        k_main, k_rest, values, q_main, q_rest, upstream, shift[None, :],
                         of_row[None, :], queries[None, :], keys[:, None], begins[None, :],
                         ends[None, :], past, scale, softcap, slope, of_bias, bias_stride_q,
                         bias_stride_k, phase != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
@@ -429,15 +465,15 @@ def grad_keys(
                         rest = tl.dot(of_dots, q_rest, rest, input_precision="ieee")
 
         first_row = (of_batch * k_tokens + k_begin) * kv_heads + kv_head
-        rows = (first_row + keys.to(tl.int64) * kv_heads)[:, None]
+        key_rows = (first_row + keys.to(tl.int64) * kv_heads)[:, None]
         here = (keys < k_len)[:, None]
         columns = tl.arange(0, D_MAIN)[None, :]
-        to = grad_k + rows * dim + columns
+        to = grad_k + key_rows * dim + columns
         tl.store(to, (main * scale).to(grad_k.dtype.element_ty), mask=here & (columns < dim))
         if D_REST > 0:
             columns = D_MAIN + tl.arange(0, D_REST)[None, :]
-            to = grad_k + rows * dim + columns
+            to = grad_k + key_rows * dim + columns
             tl.store(to, (rest * scale).to(grad_k.dtype.element_ty), mask=here & (columns < dim))
         columns = tl.arange(0, D_V)[None, :]
-        to = grad_v + rows * v_dim + columns
+        to = grad_v + key_rows * v_dim + columns
         tl.store(to, of_values.to(grad_v.dtype.element_ty), mask=here & (columns < v_dim))

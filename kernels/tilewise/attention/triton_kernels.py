@@ -73,14 +73,15 @@ def visible_tiles(first, last, k_len, left, right, HAS_BIAS: tl.constexpr, BLOCK
 
 @triton.jit
 def sight(queries, past, q_len, k_len, left, right):
-    """The keys that each query sees, [begins, ends); past: the position of the first query."""
-    begins = tl.zeros_like(queries)
-    ends = begins + k_len
-    if left >= 0:
-        begins = past + queries - left
-    if right >= 0:
-        ends = tl.minimum(ends, past + queries + right + 1)
-    return begins, tl.where(queries < q_len, ends, 0)
+    """The keys that each query sees, [begins, ends); past: the position of the first query.
+
+    Without a window on the left `begins` means nothing.
+    """
+    reach = right + 1
+    if right < 0:
+        reach = q_len
+    ends = tl.minimum(past + queries + reach, k_len)
+    return past + queries - left, tl.where(queries < q_len, ends, 0)
 
 
 @triton.jit

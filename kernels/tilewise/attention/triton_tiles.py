@@ -56,6 +56,26 @@ def tile_of(
 
 
 @triton.jit
+def vector(p, count, SIZE: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """What `part_of` takes parts of SIZE elements from: `count` elements at p."""
+    source = p
+    if DESCRIPTORS:
+        source = tl.make_tensor_descriptor(p, [count], [1], [SIZE])
+    return source
+
+
+@triton.jit
+def part_of(source, first, count, SIZE: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """Elements [first, first + SIZE), zeros outside."""
+    if DESCRIPTORS:
+        part = source.load([first])
+    else:
+        at = first + tl.arange(0, SIZE)
+        part = tl.load(source + at, mask=at < count, other=0.0)
+    return part
+
+
+@triton.jit
 def finite(x):
     """x with zeros for what is infinite or NaN, and whether each row was all finite."""
     good = tl.abs(x.to(tl.float32)) < float("inf")
