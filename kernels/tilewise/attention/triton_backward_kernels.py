@@ -204,6 +204,8 @@ def grad_queries(
         first_row = (of_batch * q_tokens + q_begin) * heads + h
         HAS_ALIBI: tl.constexpr = alibi_slopes is not None
         HAS_BIAS: tl.constexpr = bias is not None
+        # Masked tiles are few, and take the most registers: they do not fetch the next one, too.
+        STAGES: tl.constexpr = 1 if DESCRIPTORS and not HAS_BIAS else None
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi_slopes + row * alibi_stride_b + h)
@@ -248,7 +250,7 @@ def grad_queries(
                 low, high = inner, outer
             else:
                 low, high = outer, end
-            for at in tl.range(low, high, BLOCK_N):
+            for at in tl.range(low, high, BLOCK_N, num_stages=None if phase == 1 else STAGES):
                 keys = at + tl.arange(0, BLOCK_N)
                 k_main = tile_of(all_k, k_stride_s, at, k_len, dim, 0, BLOCK_N, D_MAIN, DESCRIPTORS)
                 k_rest = k_main
@@ -360,6 +362,8 @@ def grad_keys(
         v += of_batch * v_stride_b + wide(k_begin) * v_stride_s + kv_head * v_stride_h
         HAS_ALIBI: tl.constexpr = alibi_slopes is not None
         HAS_BIAS: tl.constexpr = bias is not None
+        # Masked tiles are few, and take the most registers: they do not fetch the next one, too.
+        STAGES: tl.constexpr = 1 if DESCRIPTORS and not HAS_BIAS else None
 
         at = tile * BLOCK_N
         keys = at + tl.arange(0, BLOCK_N)
@@ -427,7 +431,9 @@ def grad_keys(
                     low, high = inner, outer
                 else:
                     low, high = outer, end
-                for first in tl.range(low, high, BLOCK_M):
+                for first in tl.range(
+                    low, high, BLOCK_M, num_stages=None if phase == 1 else STAGES
+                ):
                     queries = first + tl.arange(0, BLOCK_M)
                     begins, ends = sight(queries, past, q_len, k_len, left, right)
                     q_main = tile_of(
