@@ -207,11 +207,12 @@ def _attend(
     if descriptors:
         name, tables = (f"{name} by descriptors", _FORWARD_DESCRIPTORS)
     blocks = _blocks(q, v.shape[-1], name, tables, _FORWARD_FLOAT32, is_plain=is_plain)
+    widest = max(q.shape[-1], v.shape[-1])
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
-    if descriptors and max(q.shape[-1], v.shape[-1]) <= 64 and blocks["num_warps"] == 4:
-        blocks["maxnreg"] = 168  # so that three programs fit on a multiprocessor; none are spilled
+    if descriptors and is_plain and widest <= 64 and blocks["num_warps"] == 4:
+        blocks["maxnreg"] = 168  # three programs on a multiprocessor; masked tiles spill 40 bytes
     # Not for a scale with which a product of -inf, or the largest finite one, would become another.
     fold = is_plain and 1e-20 < scale < 0.5
     alibi_slopes, sinks, bias = extras(alibi_slopes, sinks, bias)
