@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tilewise import cpu, gpu, tuning
+from tilewise.attention import triton_configs as configs
 from tilewise.attention.native import extras
 from tilewise.attention.operators import (
     FLASH_ATTENTION,
@@ -35,82 +36,12 @@ def power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 16)
 
 
-class Blocks(NamedTuple):
-    """Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-
-
-Table = dict[int, tuple[int, int, int, int]]
-"""`Blocks` by the widest head dimension that they are for."""
-
-# Not tuned: so that tiles fit in shared memory and few registers are spilled.
-_FORWARD: dict[str, Table] = {
-    "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
-    "sm_86": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
-    "sm_90": {
-        64: (128, 64, 4, 3),
-        128: (64, 64, 4, 3),
-        256: (64, 32, 8, 2),
-        1024: (32, 16, 8, 1),
-    },
-    "sm_100": {
-        64: (128, 64, 8, 2),
-        128: (128, 64, 8, 3),
-        256: (64, 32, 8, 2),
-        1024: (32, 16, 8, 1),
-    },
-    "gfx942": {
-        64: (128, 64, 4, 1),
-        128: (128, 64, 8, 1),
-        256: (64, 32, 8, 1),
-        1024: (32, 16, 8, 1),
-    },
-}
-# With descriptors. Of sm_90 measured on an H200: on causal attention with heads of 64 and 128.
-_FORWARD_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
-_FORWARD_FLOAT32: Table = {
-    64: (32, 32, 4, 1),
-    128: (32, 32, 8, 1),
-    1024: (16, 16, 4, 1),
-}
-"""float32 is multiplied without tensor cores, and operands take twice the room."""
-
-# Of the backward pass there are two kernels: a program of one holds m queries, one of the other n
-# keys, for which it has two sums.
-_GRAD_QUERIES: dict[str, Table] = {
-    "sm_80": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_86": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
-}
-_GRAD_KEYS = _GRAD_QUERIES | {
-    "sm_90": {64: (64, 64, 4, 3), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-}
-_GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
-_GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
-_BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-
-
 def _blocks(
     q: torch.Tensor,
     v_dim: int,
     name: str,
-    tables: dict[str, Table],
-    float32: Table,
+    tables: dict[str, configs.Table],
+    float32: configs.Table,
     *,
     is_plain: bool,
 ) -> dict[str, int]:
@@ -122,7 +53,7 @@ def _blocks(
     table = float32 if q.dtype == torch.float32 else tables[gpu.architecture(q)]
     widest = max(q.shape[-1], v_dim)
     limit = next(limit for limit in sorted(table) if widest <= limit)
-    blocks = Blocks(*table[limit])
+    blocks = configs.Blocks(*table[limit])
     if is_plain:
         asked = f"attention {name}, {8 * q.dtype.itemsize} bits, heads to {limit}"
         blocks = tuning.chosen(q, asked, blocks, {"m": 16, "n": 16})
@@ -203,10 +134,10 @@ def _attend(
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     is_plain = alibi_slopes is None and bias is None and softcap == 0
     descriptors = _have_descriptors(k, v)
-    name, tables = ("forward", _FORWARD)
+    name, tables = ("forward", configs.FORWARD)
     if descriptors:
-        name, tables = (f"{name} by descriptors", _FORWARD_DESCRIPTORS)
-    blocks = _blocks(q, v.shape[-1], name, tables, _FORWARD_FLOAT32, is_plain=is_plain)
+        name, tables = (f"{name} by descriptors", configs.FORWARD_DESCRIPTORS)
+    blocks = _blocks(q, v.shape[-1], name, tables, configs.FORWARD_FLOAT32, is_plain=is_plain)
     widest = max(q.shape[-1], v.shape[-1])
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
@@ -417,10 +348,10 @@ def _gradients(
         constants = _constants(q, k, v, added, softcap, window_left)
 
         descriptors = _have_descriptors(k, v)
-        name, tables = "grad of queries", _GRAD_QUERIES
+        name, tables = "grad of queries", configs.GRAD_QUERIES
         if descriptors:
-            name, tables = f"{name} by descriptors", _GRAD_QUERIES_DESCRIPTORS
-        blocks = _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
+            name, tables = f"{name} by descriptors", configs.GRAD_QUERIES_DESCRIPTORS
+        blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_queries,
             _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
@@ -432,10 +363,10 @@ def _gradients(
             **blocks,
         )
         descriptors = _have_descriptors(q, grad_out)
-        name, tables = "grad of keys", _GRAD_KEYS
+        name, tables = "grad of keys", configs.GRAD_KEYS
         if descriptors:
-            name, tables = f"{name} by descriptors", _GRAD_KEYS_DESCRIPTORS
-        blocks = _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
+            name, tables = f"{name} by descriptors", configs.GRAD_KEYS_DESCRIPTORS
+        blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,
             _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
