@@ -366,6 +366,8 @@ def _gradients(
         name, tables = "grad of keys", configs.GRAD_KEYS
         if descriptors:
             name, tables = f"{name} by descriptors", configs.GRAD_KEYS_DESCRIPTORS
+            if not is_plain:
+                tables = configs.GRAD_KEYS_CROWDED
         blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,

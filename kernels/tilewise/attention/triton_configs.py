@@ -72,4 +72,9 @@ GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
     target: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
 }
+# Beside a bias, slopes or a softcap, which take registers.
+GRAD_KEYS_CROWDED: dict[str, Table] = {
+    target: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    for target in ("sm_90", "sm_100")
+}
 BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
