@@ -69,7 +69,7 @@ GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
     for target in ("sm_90", "sm_100")
 }
 GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    target: {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
 }
 # Beside a bias, slopes or a softcap, which take registers.
