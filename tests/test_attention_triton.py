@@ -199,3 +199,41 @@ def test_which_kernels_a_call_takes(
     with gpu.compiling_for("sm_90") as kernels:
         flash_attention(**call("cpu", queries, keys), **options, backend="triton")
     assert {kernel.kernel for kernel in kernels} == expected
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("target", "dim", "dtype", "expected"),
+    [
+        ("sm_90", 64, torch.float16, True),
+        ("sm_90", 60, torch.float16, False),  # heads are 120 bytes apart
+        ("sm_90", 64, torch.float32, False),
+        ("sm_80", 64, torch.float16, False),
+    ],
+)
+def test_tiles_are_loaded_by_descriptors_where_they_can_be(
+    target: str, dim: int, dtype: torch.dtype, expected: bool
+) -> None:
+    leaves = [torch.zeros(1, 70, 2, dim, dtype=dtype).requires_grad_() for _ in QKV]
+    with gpu.compiling_for(target) as kernels:
+        flash_attention(*leaves, causal=True, backend="triton").sum().backward()
+    loads = {x.kernel: "cp.async.bulk.tensor" in x.triton.asm["ptx"] for x in kernels}
+    assert loads.pop("row_sums") is False
+    assert loads == dict.fromkeys(("forward", "grad_queries", "grad_keys"), expected)
+
+
+def test_scratch_memory_leaves_the_callers_allocator_alone() -> None:
+    from triton.runtime import _allocation
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(x: torch.Tensor, **options: Any) -> None:
+                allocated.append(_allocation._allocator.get()(256, 128, None))
+
+            return run
+
+    allocated: list[Any] = []
+    before = _allocation._allocator.get()
+    gpu.launch(Kernel(), (1,), torch.zeros(1), needs_scratch=True)
+    assert [x.shape for x in allocated] == [(256,)]
+    assert _allocation._allocator.get() is before

@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +104,13 @@ _why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def architecture(x: torch.Tensor) -> str:
-    """A name in `TARGETS`: the one whose instructions and shared memory the GPU of `x` has."""
+    """A name in `TARGETS`: the one whose instructions and shared memory the GPU of `x` has.
+
+    The interpreter passes for an sm_90, so that it tests what is for that alone.
+    """
     if _compilation is not None:
         return _compilation.target
-    return "sm_80" if x.device.type == "cpu" else _architecture(x.device.index or 0)
+    return "sm_90" if x.device.type == "cpu" else _architecture(x.device.index or 0)
 
 
 @functools.cache
@@ -118,6 +122,14 @@ def _architecture(index: int) -> str:
     if (major, minor) in ((8, 6), (8, 9)) or major >= 12:
         return "sm_86"
     return "sm_80" if major < 9 else "sm_90" if major < 10 else "sm_100"
+
+
+def has_descriptors(x: torch.Tensor) -> bool:
+    """Whether the GPU of `x` loads tiles by tensor descriptors (`tl.make_tensor_descriptor`).
+
+    Elsewhere Triton makes pointers and masks of them.
+    """
+    return architecture(x) in ("sm_90", "sm_100")
 
 
 def multiplies_fp8(x: torch.Tensor) -> bool:
@@ -151,10 +163,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         grid: programs in each dimension; where one is 0 there is nothing to do.
         args: of the kernel; the first is a tensor.
         options: its constexpr arguments, `num_warps`, `num_stages`; `enable_fp_fusion=False` keeps
-            the compiler from contracting a product and a sum into one FMA.
+            the compiler from contracting a product and a sum into one FMA. `needs_scratch=True`:
+            programs want memory of their own, as those do that make descriptors.
     """
     if 0 in grid:
         return
+    needs_scratch = options.pop("needs_scratch", False)
     # Said at every launch: what it is by default changes from one version of Triton to the next.
     options.setdefault("enable_fp_fusion", True)
     if _compilation is not None:
@@ -170,7 +184,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = args[0].device
     here = device.type == "cpu" or device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(device):
-        kernel[grid](*args, **options)
+        if needs_scratch:
+            # Triton keeps the allocator in a context variable: a copy leaves the caller's alone.
+            copy_context().run(_launch_with_scratch, kernel[grid], device, args, options)
+        else:
+            kernel[grid](*args, **options)
+
+
+def _launch_with_scratch(
+    run: Any, device: torch.device, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    import triton
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        # Freed before the kernel has run, but only for what comes after it on the stream.
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(allocate)
+    run(*args, **options)
 
 
 # --- compiling ahead of time ----------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tilewise import cpu, gpu, tuning
+from tilewise.attention import triton_configs as configs
 from tilewise.attention.native import extras
 from tilewise.attention.operators import (
     FLASH_ATTENTION,
@@ -35,67 +36,12 @@ def power_of_two(n: int) -> int:
     return max(1 << (n - 1).bit_length(), 16)
 
 
-class Blocks(NamedTuple):
-    """Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
-
-
-Table = dict[int, tuple[int, int, int, int]]
-"""`Blocks` by the widest head dimension that they are for."""
-
-# Not tuned: so that tiles fit in shared memory and few registers are spilled.
-_FORWARD: dict[str, Table] = {
-    "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
-    "sm_86": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
-    "sm_90": {
-        64: (128, 128, 8, 2),
-        128: (128, 64, 8, 2),
-        256: (64, 32, 8, 2),
-        1024: (32, 16, 8, 1),
-    },
-    "sm_100": {
-        64: (128, 64, 8, 2),
-        128: (128, 64, 8, 3),
-        256: (64, 32, 8, 2),
-        1024: (32, 16, 8, 1),
-    },
-    "gfx942": {
-        64: (128, 64, 4, 1),
-        128: (128, 64, 8, 1),
-        256: (64, 32, 8, 1),
-        1024: (32, 16, 8, 1),
-    },
-}
-_FORWARD_FLOAT32: Table = {
-    64: (32, 32, 4, 1),
-    128: (32, 32, 8, 1),
-    1024: (16, 16, 4, 1),
-}
-"""float32 is multiplied without tensor cores, and operands take twice the room."""
-
-# Of the backward pass there are two kernels: a program of one holds m queries, one of the other n
-# keys, for which it has two sums.
-_GRAD_QUERIES: dict[str, Table] = {
-    "sm_80": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_86": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_90": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
-    "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
-}
-_GRAD_KEYS = _GRAD_QUERIES
-_BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-
-
 def _blocks(
     q: torch.Tensor,
     v_dim: int,
     name: str,
-    tables: dict[str, Table],
-    float32: Table,
+    tables: dict[str, configs.Table],
+    float32: configs.Table,
     *,
     is_plain: bool,
 ) -> dict[str, int]:
@@ -107,12 +53,28 @@ def _blocks(
     table = float32 if q.dtype == torch.float32 else tables[gpu.architecture(q)]
     widest = max(q.shape[-1], v_dim)
     limit = next(limit for limit in sorted(table) if widest <= limit)
-    blocks = Blocks(*table[limit])
+    blocks = configs.Blocks(*table[limit])
     if is_plain:
         asked = f"attention {name}, {8 * q.dtype.itemsize} bits, heads to {limit}"
         blocks = tuning.chosen(q, asked, blocks, {"m": 16, "n": 16})
     m, n, warps, stages = blocks
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _have_descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether tiles of all of them can be loaded with descriptors: TMA asks for 16 bytes.
+
+    Lengths must not decide it, a row's bits would depend on them: only the strides of the batch,
+    where there is but one row, do not count.
+    """
+
+    def fits(x: torch.Tensor) -> bool:
+        *batch, tokens, heads, _ = x.stride()
+        strides = [tokens, heads, *(batch if x.shape[0] > 1 else ())]
+        is_aligned = all(stride % 8 == 0 for stride in strides) and x.data_ptr() % 16 == 0
+        return x.dtype.itemsize == 2 and tokens >= x.shape[-1] and is_aligned
+
+    return gpu.has_descriptors(tensors[0]) and all(fits(x) for x in tensors)
 
 
 @FLASH_ATTENTION.kernel("triton")
@@ -171,10 +133,19 @@ def _attend(
     else:
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     is_plain = alibi_slopes is None and bias is None and softcap == 0
-    blocks = _blocks(q, v.shape[-1], "forward", _FORWARD, _FORWARD_FLOAT32, is_plain=is_plain)
+    descriptors = _have_descriptors(k, v)
+    name, tables = ("forward", configs.FORWARD)
+    if descriptors:
+        name, tables = (f"{name} by descriptors", configs.FORWARD_DESCRIPTORS)
+    blocks = _blocks(q, v.shape[-1], name, tables, configs.FORWARD_FLOAT32, is_plain=is_plain)
+    widest = max(q.shape[-1], v.shape[-1])
     batch, heads, tokens = _sizes(q, cu_seqlens_q)
     if out.numel() == 0 or batch == 0:
         return out, lse
+    if descriptors and is_plain and widest <= 64 and blocks["num_warps"] == 4:
+        blocks["maxnreg"] = 168  # three programs on a multiprocessor; masked tiles spill 40 bytes
+    # Not for a scale with which a product of -inf, or the largest finite one, would become another.
+    fold = is_plain and 1e-20 < scale < 0.5
     alibi_slopes, sinks, bias = extras(alibi_slopes, sinks, bias)
     gpu.launch(
         kernels.forward,
@@ -194,7 +165,10 @@ def _attend(
         softcap,
         window_left,
         0 if causal else window_right,
-        **_constants(q, k, v, bias, softcap),
+        FOLD=fold,
+        DESCRIPTORS=descriptors,
+        needs_scratch=descriptors,
+        **_constants(q, k, v, bias, softcap, window_left),
         **blocks,
     )
     return out, lse
@@ -234,11 +208,17 @@ def _layout(
 
 
 def _constants(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, softcap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    window_left: int,
 ) -> dict[str, Any]:
     main, rest = pieces(q.shape[-1])
     return {
         "GROUP": q.shape[-2] // k.shape[-2],
+        "HAS_LEFT": window_left >= 0,
         "HAS_SOFTCAP": softcap > 0,
         "IS_MASK": bias is not None and bias.dtype == torch.bool,
         "D_MAIN": main,
@@ -335,7 +315,9 @@ def _gradients(
     slopes, sink_logits, added = extras(alibi_slopes, sinks, bias)
     layout = _layout(q, k, v, cu_seqlens_q, slopes, added)
     batch, heads, tokens, k_tokens, _, v_dim = layout[:6]
-    delta = torch.empty_like(lse)
+    room = -(-tokens // 4) * 4  # so that the tokens of each head begin at 16 bytes
+    shape = (1 if is_ragged else batch, heads, room)
+    shifts, delta = lse.new_empty(shape), lse.new_empty(shape)
     scores = None
     if bias is not None and needs_grad_bias:
         rows = (heads, tokens) if is_ragged else (batch, heads, tokens)
@@ -348,9 +330,14 @@ def _gradients(
             (-(-lse.numel() // rows_each),),
             grad_out,
             out,
+            lse,
             None if grad_lse is None else grad_lse.contiguous(),
+            shifts,
             delta,
             lse.numel(),
+            heads,
+            tokens,
+            room,
             v_dim,
             ROWS=rows_each,
             BLOCK=block,
@@ -358,33 +345,45 @@ def _gradients(
         is_plain = slopes is None and added is None and softcap == 0
         ends = (cu_seqlens_q, cu_seqlens_k)
         options = (scale, softcap, window_left, 0 if causal else window_right)
-        constants = _constants(q, k, v, added, softcap)
+        constants = _constants(q, k, v, added, softcap, window_left)
 
-        def blocks_for(name: str, tables: dict[str, Table]) -> dict[str, int]:
-            return _blocks(q, v_dim, name, tables, _BACKWARD_FLOAT32, is_plain=is_plain)
-
-        blocks = blocks_for("grad of queries", _GRAD_QUERIES)
+        descriptors = _have_descriptors(k, v)
+        name, tables = "grad of queries", configs.GRAD_QUERIES
+        if descriptors:
+            name, tables = f"{name} by descriptors", configs.GRAD_QUERIES_DESCRIPTORS
+        blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_queries,
             _grid(tokens, blocks["BLOCK_M"], heads, batch, is_ragged),
-            *(q, k, v, grad_out, lse, delta, grad_q, scores),
-            *(*ends, slopes, added, *layout, *options),
+            *(q, k, v, grad_out, shifts, delta, grad_q, scores),
+            *(*ends, slopes, added, *layout, room, *options),
+            DESCRIPTORS=descriptors,
+            needs_scratch=descriptors,
             **constants,
             **blocks,
         )
-        blocks = blocks_for("grad of keys", _GRAD_KEYS)
+        descriptors = _have_descriptors(q, grad_out)
+        name, tables = "grad of keys", configs.GRAD_KEYS
+        if descriptors:
+            name, tables = f"{name} by descriptors", configs.GRAD_KEYS_DESCRIPTORS
+            if not is_plain:
+                tables = configs.GRAD_KEYS_CROWDED
+        blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,
             _grid(k_tokens, blocks["BLOCK_N"], k.shape[-2], batch, is_ragged),
-            *(q, k, v, grad_out, lse, delta, grad_k, grad_v),
-            *(*ends, slopes, added, *layout, *options),
+            *(q, k, v, grad_out, shifts, delta, grad_k, grad_v),
+            *(*ends, slopes, added, *layout, room, *options),
+            DESCRIPTORS=descriptors,
+            needs_scratch=descriptors,
             **constants,
             **blocks,
         )
     grad_sinks, grad_bias = q.new_empty(0), q.new_empty(0)
     if sinks is not None and sink_logits is not None:
         share = torch.exp(sink_logits - lse).masked_fill(lse == -torch.inf, 0)
-        grad_sinks = -(share * delta).flatten(0, -2).sum(0).to(sinks.dtype)
+        of_rows = delta[..., :tokens].transpose(1, 2).reshape(share.shape)
+        grad_sinks = -(share * of_rows).flatten(0, -2).sum(0).to(sinks.dtype)
     if bias is not None and scores is not None:
         grad_bias = scores.sum_to_size(bias.shape).to(bias.dtype)
     return (*grads, grad_sinks, grad_bias)

@@ -15,18 +15,43 @@ import triton.language as tl
 from tilewise.attention.triton_kernels import (
     LOG2_E,
     find_sequence,
-    finite,
-    load_rows,
     place,
     score,
+    sight,
     visible_tiles,
+)
+from tilewise.attention.triton_tiles import (
+    finite,
+    load_rows,
+    matrix,
+    part_of,
+    tile_of,
+    vector,
     wide,
 )
 
 
 @triton.jit
-def row_sums(grad_out, out, grad_lse, delta, count, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """delta = sum(grad_out * out) - grad_lse of ROWS rows of `count`; all are contiguous."""
+def row_sums(
+    grad_out,
+    out,
+    lse,
+    grad_lse,
+    shifts,
+    delta,
+    count,
+    heads,
+    tokens,
+    room,
+    dim,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """delta = sum(grad_out * out) - grad_lse of ROWS rows of `count`, and lse in base 2.
+
+    Those come out as (batch, heads, room), so that tokens are contiguous, and the shift of a row
+    that sees nothing is 0; all else is contiguous as (batch, tokens, heads, dim).
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = rows < count
     columns = tl.arange(0, BLOCK)
@@ -37,25 +62,29 @@ def row_sums(grad_out, out, grad_lse, delta, count, dim, ROWS: tl.constexpr, BLO
     total = tl.sum(o * g, 1)
     if grad_lse is not None:
         total -= tl.load(grad_lse + rows, mask=here, other=0.0)
-    tl.store(delta + rows, total, mask=here)
+    shift = tl.load(lse + rows, mask=here, other=0.0)
+    shift = tl.where(shift == float("-inf"), 0.0, shift * LOG2_E)
+    token = rows // heads
+    to = (token // tokens * heads + rows % heads) * room + token % tokens
+    tl.store(delta + to, total, mask=here)
+    tl.store(shifts + to, shift, mask=here)
 
 
 @triton.jit
 def _tile(
-    q_main,
-    q_rest,
-    k_main,
-    k_rest,
-    values,
-    upstream,
-    log_sum,
+    rows,
+    rows_rest,
+    row_values,
+    columns,
+    columns_rest,
+    column_values,
+    shift,
     delta,
     queries,
     keys,
-    q_len,
-    k_len,
-    left,
-    right,
+    begins,
+    ends,
+    past,
     scale,
     softcap,
     slope,
@@ -63,28 +92,34 @@ def _tile(
     bias_stride_q,
     bias_stride_k,
     MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_MASK: tl.constexpr,
     D_REST: tl.constexpr,
 ):
-    """Weights p of a tile, gradients of its scores, and of the products of queries and keys."""
-    dots = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
+    """Weights p of a tile, gradients of its scores, and of scaled products of queries and keys.
+
+    Rows are queries and columns are keys, or the other way round, so that whoever multiplies what
+    this returns has it in registers as it is; with queries come their grad_out, with keys values.
+    """
+    dots = tl.dot(rows, tl.trans(columns), input_precision="ieee")
     if D_REST > 0:
-        dots = tl.dot(q_rest, tl.trans(k_rest), dots, input_precision="ieee")
+        dots = tl.dot(rows_rest, tl.trans(columns_rest), dots, input_precision="ieee")
     s, seen, tanh = score(
-        dots, k_len - q_len + queries, keys, k_len, left, right, scale, softcap, slope, bias,
-        bias_stride_q, bias_stride_k, queries, q_len, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK,
-        MASKED,
+        dots, queries, keys, begins, ends, past, scale, softcap, slope, bias, bias_stride_q,
+        bias_stride_k, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, MASKED, FOLD=False,
+        CHECK=False,
     )  # fmt: skip
-    shift = tl.where(log_sum == float("-inf"), 0.0, log_sum * LOG2_E)
-    p = tl.exp2(s - shift[:, None])
-    of_p = tl.dot(upstream, tl.trans(values), input_precision="ieee")
-    of_s = p * (of_p - delta[:, None])
+    # Of a row that sees what is not finite the log-sum-exp is NaN, and so is all that follows.
+    p = tl.exp2(s - shift)
+    of_p = tl.dot(row_values, tl.trans(column_values), input_precision="ieee")
+    of_s = p * (of_p - delta)
     if MASKED or HAS_BIAS:  # 0 x NaN of a value that is not seen
+        p = tl.where(seen, p, 0.0)
         of_s = tl.where(seen, of_s, 0.0)
-    of_dots = of_s * scale
+    of_dots = of_s
     if HAS_SOFTCAP:
         of_dots *= 1.0 - tanh * tanh
         if MASKED or HAS_BIAS:  # as above, of a key
@@ -98,7 +133,7 @@ def grad_queries(
     k,
     v,
     grad_out,
-    lse,
+    shifts,
     delta,
     grad_q,
     grad_scores,
@@ -127,11 +162,13 @@ def grad_queries(
     bias_stride_q,
     bias_stride_k,
     bias_keys,
+    room,
     scale,
     softcap,
     left,
     right,
     GROUP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_MASK: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -139,8 +176,9 @@ def grad_queries(
     D_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """grad q of BLOCK_M queries of a head; grad_out, lse, delta and grad_q are contiguous.
+    """grad q of BLOCK_M queries of a head; grad_out and grad_q are contiguous.
 
     `grad_scores` is None or (batch, heads, queries, bias_keys), where all that is seen is written.
     """
@@ -166,6 +204,8 @@ def grad_queries(
         first_row = (of_batch * q_tokens + q_begin) * heads + h
         HAS_ALIBI: tl.constexpr = alibi_slopes is not None
         HAS_BIAS: tl.constexpr = bias is not None
+        # Masked tiles are few, and take the most registers: they do not fetch the next one, too.
+        STAGES: tl.constexpr = 1 if DESCRIPTORS and not HAS_BIAS else None
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(alibi_slopes + row * alibi_stride_b + h)
@@ -183,35 +223,47 @@ def grad_queries(
         upstream = load_rows(
             grad_out + first_row * v_dim, heads * v_dim, first, q_len, v_dim, 0, BLOCK_M, D_V
         )
-        log_sum = tl.load(lse + first_row + queries * heads, mask=here, other=float("-inf"))
-        of_row = tl.load(delta + first_row + queries * heads, mask=here, other=0.0)
+        vectors = (of_batch * heads + h) * room + q_begin
+        shift = part_of(shifts + vectors, first, q_len, BLOCK_M, False)
+        of_row = part_of(delta + vectors, first, q_len, BLOCK_M, False)
 
         main = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
         rest = main
         if D_REST > 0:
             rest = tl.zeros([BLOCK_M, D_REST], tl.float32)
+        all_k = matrix(k, k_stride_s, k_len, dim, BLOCK_N, D_MAIN, DESCRIPTORS)
+        all_k_rest = all_k
+        if D_REST > 0:
+            all_k_rest = matrix(k, k_stride_s, k_len, dim, BLOCK_N, D_REST, DESCRIPTORS)
+        all_v = matrix(v, v_stride_s, k_len, v_dim, BLOCK_N, D_V, DESCRIPTORS)
+
+        past = k_len - q_len
+        begins, ends = sight(queries, past, q_len, k_len, left, right)
         last = tl.minimum(first + BLOCK_M, q_len) - 1
         begin, inner, outer, end = visible_tiles(
-            k_len - q_len + first, k_len - q_len + last, k_len, left, right, HAS_BIAS, BLOCK_N
+            past + first, past + last, k_len, left, right, HAS_BIAS, BLOCK_N
         )
-        for phase in tl.static_range(3):
+        for phase in tl.static_range(0 if HAS_LEFT else 1, 3):  # as in the forward pass
             if phase == 0:
                 low, high = begin, inner
             elif phase == 1:
                 low, high = inner, outer
             else:
                 low, high = outer, end
-            for at in tl.range(low, high, BLOCK_N):
+            for at in tl.range(low, high, BLOCK_N, num_stages=None if phase == 1 else STAGES):
                 keys = at + tl.arange(0, BLOCK_N)
-                k_main = load_rows(k, k_stride_s, at, k_len, dim, 0, BLOCK_N, D_MAIN)
+                k_main = tile_of(all_k, k_stride_s, at, k_len, dim, 0, BLOCK_N, D_MAIN, DESCRIPTORS)
                 k_rest = k_main
                 if D_REST > 0:
-                    k_rest = load_rows(k, k_stride_s, at, k_len, dim, D_MAIN, BLOCK_N, D_REST)
-                values = load_rows(v, v_stride_s, at, k_len, v_dim, 0, BLOCK_N, D_V)
+                    k_rest = tile_of(
+                        all_k_rest, k_stride_s, at, k_len, dim, D_MAIN, BLOCK_N, D_REST, DESCRIPTORS
+                    )
+                values = tile_of(all_v, v_stride_s, at, k_len, v_dim, 0, BLOCK_N, D_V, DESCRIPTORS)
                 _, of_s, of_dots = _tile(
-                    q_main, q_rest, k_main, k_rest, values, upstream, log_sum, of_row, queries,
-                    keys, q_len, k_len, left, right, scale, softcap, slope, bias, bias_stride_q,
-                    bias_stride_k, phase != 1, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, D_REST,
+                    q_main, q_rest, upstream, k_main, k_rest, values, shift[:, None],
+                    of_row[:, None], queries[:, None], keys[None, :], begins[:, None],
+                    ends[:, None], past, scale, softcap, slope, bias, bias_stride_q, bias_stride_k,
+                    phase != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, D_REST,
                 )  # fmt: skip
                 if grad_scores is not None:
                     to = (of_batch * heads + h) * q_tokens + q_begin + queries
@@ -230,11 +282,11 @@ def grad_queries(
         to = grad_q + (first_row + queries.to(tl.int64) * heads)[:, None] * dim
         columns = tl.arange(0, D_MAIN)
         inside = here[:, None] & (columns < dim)[None, :]
-        tl.store(to + columns[None, :], main.to(grad_q.dtype.element_ty), mask=inside)
+        tl.store(to + columns[None, :], (main * scale).to(grad_q.dtype.element_ty), mask=inside)
         if D_REST > 0:
             columns = D_MAIN + tl.arange(0, D_REST)
             inside = here[:, None] & (columns < dim)[None, :]
-            tl.store(to + columns[None, :], rest.to(grad_q.dtype.element_ty), mask=inside)
+            tl.store(to + columns[None, :], (rest * scale).to(grad_q.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -243,7 +295,7 @@ def grad_keys(
     k,
     v,
     grad_out,
-    lse,
+    shifts,
     delta,
     grad_k,
     grad_v,
@@ -272,11 +324,13 @@ def grad_keys(
     bias_stride_q,
     bias_stride_k,
     bias_keys,
+    room,
     scale,
     softcap,
     left,
     right,
     GROUP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_MASK: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -284,6 +338,7 @@ def grad_keys(
     D_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """grad k and grad v, contiguous, of BLOCK_N keys of a key head."""
     tile = tl.program_id(0)
@@ -307,6 +362,8 @@ def grad_keys(
         v += of_batch * v_stride_b + wide(k_begin) * v_stride_s + kv_head * v_stride_h
         HAS_ALIBI: tl.constexpr = alibi_slopes is not None
         HAS_BIAS: tl.constexpr = bias is not None
+        # Masked tiles are few, and take the most registers: they do not fetch the next one, too.
+        STAGES: tl.constexpr = 1 if DESCRIPTORS and not HAS_BIAS else None
 
         at = tile * BLOCK_N
         keys = at + tl.arange(0, BLOCK_N)
@@ -322,6 +379,7 @@ def grad_keys(
         of_values = tl.zeros([BLOCK_N, D_V], tl.float32)
 
         # The queries that see any of the keys, [begin, end), and that see all, [inner, outer).
+        # Keys from k_len on are not hidden: what they get is not stored.
         past = k_len - q_len
         last = tl.minimum(at + BLOCK_N, k_len) - 1
         begin = 0
@@ -337,10 +395,11 @@ def grad_keys(
         end = tl.maximum(end, 0)
         begin = tl.minimum(begin, end) // BLOCK_M * BLOCK_M
         inner = (inner + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-        outer = tl.maximum(outer, 0) // BLOCK_M * BLOCK_M
-        if HAS_BIAS or (outer <= inner or at + BLOCK_N > k_len):
-            inner = begin
-            outer = begin
+        if left >= 0:  # else queries past q_len are among the last tile's: all zeros, they add none
+            outer = tl.maximum(outer, 0) // BLOCK_M * BLOCK_M
+        if HAS_BIAS or outer <= inner:
+            inner = end
+            outer = end
 
         for member in tl.range(0, GROUP):
             h = kv_head * GROUP + member
@@ -353,57 +412,74 @@ def grad_keys(
                 of_bias += wide(q_begin) * bias_stride_q
             of_head = q + of_batch * q_stride_b + wide(q_begin) * q_stride_s + h * q_stride_h
             first_row = (of_batch * q_tokens + q_begin) * heads + h
-            for phase in tl.static_range(3):
+            all_q = matrix(of_head, q_stride_s, q_len, dim, BLOCK_M, D_MAIN, DESCRIPTORS)
+            all_q_rest = all_q
+            if D_REST > 0:
+                all_q_rest = matrix(of_head, q_stride_s, q_len, dim, BLOCK_M, D_REST, DESCRIPTORS)
+            of_upstream = grad_out + first_row * v_dim
+            all_upstream = matrix(
+                of_upstream, heads * v_dim, q_len, v_dim, BLOCK_M, D_V, DESCRIPTORS
+            )
+            vectors = (of_batch * heads + h) * room + q_begin
+            IN_PLACE: tl.constexpr = DESCRIPTORS and cu_seqlens_q is None  # else not at 16 bytes
+            all_shifts = vector(shifts + vectors, q_len, BLOCK_M, IN_PLACE)
+            all_delta = vector(delta + vectors, q_len, BLOCK_M, IN_PLACE)
+            for phase in tl.static_range(3 if HAS_LEFT else 2):
                 if phase == 0:
                     low, high = begin, inner
                 elif phase == 1:
                     low, high = inner, outer
                 else:
                     low, high = outer, end
-                for first in tl.range(low, high, BLOCK_M):
+                for first in tl.range(
+                    low, high, BLOCK_M, num_stages=None if phase == 1 else STAGES
+                ):
                     queries = first + tl.arange(0, BLOCK_M)
-                    here = queries < q_len
-                    q_main = load_rows(of_head, q_stride_s, first, q_len, dim, 0, BLOCK_M, D_MAIN)
+                    begins, ends = sight(queries, past, q_len, k_len, left, right)
+                    q_main = tile_of(
+                        all_q, q_stride_s, first, q_len, dim, 0, BLOCK_M, D_MAIN, DESCRIPTORS
+                    )
                     q_rest = q_main
                     if D_REST > 0:
-                        q_rest = load_rows(
-                            of_head, q_stride_s, first, q_len, dim, D_MAIN, BLOCK_M, D_REST
-                        )
-                    upstream = load_rows(
-                        grad_out + first_row * v_dim, heads * v_dim, first, q_len, v_dim, 0,
-                        BLOCK_M, D_V,
+                        q_rest = tile_of(
+                            all_q_rest, q_stride_s, first, q_len, dim, D_MAIN, BLOCK_M, D_REST,
+                            DESCRIPTORS,
+                        )  # fmt: skip
+                    upstream = tile_of(
+                        all_upstream, heads * v_dim, first, q_len, v_dim, 0, BLOCK_M, D_V,
+                        DESCRIPTORS,
                     )  # fmt: skip
-                    at_row = first_row + queries * heads
-                    log_sum = tl.load(lse + at_row, mask=here, other=float("-inf"))
-                    of_row = tl.load(delta + at_row, mask=here, other=0.0)
+                    shift = part_of(all_shifts, first, q_len, BLOCK_M, IN_PLACE)
+                    of_row = part_of(all_delta, first, q_len, BLOCK_M, IN_PLACE)
                     p, _, of_dots = _tile(
-                        q_main, q_rest, k_main, k_rest, values, upstream, log_sum, of_row, queries,
-                        keys, q_len, k_len, left, right, scale, softcap, slope, of_bias,
-                        bias_stride_q, bias_stride_k, phase != 1, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
+                        k_main, k_rest, values, q_main, q_rest, upstream, shift[None, :],
+                        of_row[None, :], queries[None, :], keys[:, None], begins[None, :],
+                        ends[None, :], past, scale, softcap, slope, of_bias, bias_stride_q,
+                        bias_stride_k, phase != 1, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS,
                         IS_MASK, D_REST,
                     )  # fmt: skip
                     of_values = tl.dot(
-                        tl.trans(p.to(upstream.dtype)), upstream, of_values, input_precision="ieee"
+                        p.to(upstream.dtype), upstream, of_values, input_precision="ieee"
                     )
                     if phase != 1:  # a query that sees nothing may be NaN
                         q_main, _ = finite(q_main)
-                    turned = tl.trans(of_dots.to(q_main.dtype))
-                    main = tl.dot(turned, q_main, main, input_precision="ieee")
+                    of_dots = of_dots.to(q_main.dtype)
+                    main = tl.dot(of_dots, q_main, main, input_precision="ieee")
                     if D_REST > 0:
                         if phase != 1:
                             q_rest, _ = finite(q_rest)
-                        rest = tl.dot(turned, q_rest, rest, input_precision="ieee")
+                        rest = tl.dot(of_dots, q_rest, rest, input_precision="ieee")
 
         first_row = (of_batch * k_tokens + k_begin) * kv_heads + kv_head
-        rows = (first_row + keys.to(tl.int64) * kv_heads)[:, None]
+        key_rows = (first_row + keys.to(tl.int64) * kv_heads)[:, None]
         here = (keys < k_len)[:, None]
         columns = tl.arange(0, D_MAIN)[None, :]
-        to = grad_k + rows * dim + columns
-        tl.store(to, main.to(grad_k.dtype.element_ty), mask=here & (columns < dim))
+        to = grad_k + key_rows * dim + columns
+        tl.store(to, (main * scale).to(grad_k.dtype.element_ty), mask=here & (columns < dim))
         if D_REST > 0:
             columns = D_MAIN + tl.arange(0, D_REST)[None, :]
-            to = grad_k + rows * dim + columns
-            tl.store(to, rest.to(grad_k.dtype.element_ty), mask=here & (columns < dim))
+            to = grad_k + key_rows * dim + columns
+            tl.store(to, (rest * scale).to(grad_k.dtype.element_ty), mask=here & (columns < dim))
         columns = tl.arange(0, D_V)[None, :]
-        to = grad_v + rows * v_dim + columns
+        to = grad_v + key_rows * v_dim + columns
         tl.store(to, of_values.to(grad_v.dtype.element_ty), mask=here & (columns < v_dim))

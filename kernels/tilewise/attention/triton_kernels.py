@@ -15,14 +15,10 @@ cu_seqlens, so that no length has to reach the host, is from vLLM's unified atte
 import triton
 import triton.language as tl
 
+from tilewise.attention.triton_tiles import finite, load_rows, matrix, tile_of, wide
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def wide(n):
-    """n in 64 bits; n may be a number as well, of a loop that is interpreted, or a length of 1."""
-    return tl.zeros([], tl.int64) + n
 
 
 @triton.jit
@@ -47,25 +43,6 @@ def place(cu_seqlens, b, tokens):
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), tokens)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), begin), tokens)
     return begin, end - begin
-
-
-@triton.jit
-def load_rows(
-    p, stride, first, count, dim, begin: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Elements [begin, begin + COLUMNS) of rows [first, first + ROWS), zeros from `count` on."""
-    rows = tl.arange(0, ROWS)
-    columns = begin + tl.arange(0, COLUMNS)
-    inside = (first + rows < count)[:, None] & (columns < dim)[None, :]
-    at = p + wide(first) * stride + rows[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def finite(x):
-    """x with zeros for what is infinite or NaN, and whether each row was all finite."""
-    good = tl.abs(x.to(tl.float32)) < float("inf")
-    return tl.where(good, x, 0.0).to(x.dtype), tl.min(good.to(tl.int32), 1) > 0
 
 
 @triton.jit
@@ -95,35 +72,53 @@ def visible_tiles(first, last, k_len, left, right, HAS_BIAS: tl.constexpr, BLOCK
 
 
 @triton.jit
+def sight(queries, past, q_len, k_len, left, right):
+    """The keys that each query sees, [begins, ends); past: the position of the first query.
+
+    Without a window on the left `begins` means nothing.
+    """
+    reach = right + 1
+    if right < 0:
+        reach = q_len
+    ends = tl.minimum(past + queries + reach, k_len)
+    return past + queries - left, tl.where(queries < q_len, ends, 0)
+
+
+@triton.jit
 def score(
     dots,
-    positions,
+    queries,
     keys,
-    k_len,
-    left,
-    right,
+    begins,
+    ends,
+    past,
     scale,
     softcap,
     slope,
     bias,
     bias_stride_q,
     bias_stride_k,
-    queries,
-    q_len,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_MASK: tl.constexpr,
     MASKED: tl.constexpr,
+    FOLD: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
-    """Of products of queries and keys: scores in base 2, -inf where unseen; what is seen; the tanh.
+    """Of products of queries and keys: scores in base 2; what is seen of them; the tanh.
 
-    The last is what softcap multiplies, and the backward pass needs.
+    Either queries, begins and ends are columns and keys are a row, or the other way round. Scores
+    are left unscaled if FOLD, and infinite ones become NaN if CHECK. The tanh is what softcap
+    multiplies, and the backward pass needs.
     """
     IS_PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or HAS_BIAS)
-    s = dots * (scale * LOG2_E if IS_PLAIN else scale)
-    # Infinity comes from a query or a key that is not finite, which means NaN.
-    s += s * 0.0
+    s = dots
+    if not FOLD:
+        s *= scale * LOG2_E if IS_PLAIN else scale
+    if CHECK:
+        s += s * 0.0
     tanh = s
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), without cancellation for small x.
@@ -133,18 +128,16 @@ def score(
         tanh = 1.0 - 2.0 / (tl.exp2(x * (2 * LOG2_E)) + 1.0)
         tanh = tl.where(tl.abs(x) < 0.1, series, tanh)
         s = softcap * tanh
-    distance = positions[:, None] - keys[None, :]
+    distance = past + queries - keys
     if HAS_ALIBI:
         s -= slope * tl.abs(distance).to(tl.float32)
     seen = distance == distance
     if MASKED:
-        seen = (keys < k_len)[None, :] & (queries < q_len)[:, None]
-        if left >= 0:
-            seen = seen & (distance <= left)
-        if right >= 0:
-            seen = seen & (distance >= -right)
+        seen = keys < ends
+        if HAS_LEFT:
+            seen = seen & (keys >= begins)
     if HAS_BIAS:
-        at = queries[:, None].to(tl.int64) * bias_stride_q + keys[None, :] * bias_stride_k
+        at = queries.to(tl.int64) * bias_stride_q + keys * bias_stride_k
         if IS_MASK:
             seen = seen & (tl.load(bias + at, mask=seen, other=0) != 0)
         else:
@@ -153,8 +146,6 @@ def score(
             s += added
     if not IS_PLAIN:
         s *= LOG2_E
-    if MASKED or HAS_BIAS:
-        s = tl.where(seen, s, float("-inf"))
     return s, seen, tanh
 
 
@@ -166,17 +157,17 @@ def _attend(
     q_main,
     q_rest,
     k,
+    k_rest,
     v,
     k_stride,
     v_stride,
     begin,
     end,
-    positions,
     queries,
-    q_len,
+    begins,
+    ends,
+    past,
     k_len,
-    left,
-    right,
     scale,
     softcap,
     slope,
@@ -186,6 +177,7 @@ def _attend(
     dim,
     v_dim,
     MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -194,24 +186,35 @@ def _attend(
     D_REST: tl.constexpr,
     D_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """Keys [begin, end), in tiles, added to the state of the online softmax."""
-    for first in tl.range(begin, end, BLOCK_N):
+    # The scale is then part of the exponent, where it costs nothing: one FMA subtracts the maximum.
+    unit = scale * LOG2_E if FOLD else 1.0
+    # Masked tiles are few, and each stage in flight takes shared memory.
+    for first in tl.range(begin, end, BLOCK_N, num_stages=2 if MASKED and DESCRIPTORS else None):
         keys = first + tl.arange(0, BLOCK_N)
-        k_main = load_rows(k, k_stride, first, k_len, dim, 0, BLOCK_N, D_MAIN)
-        dots = tl.dot(q_main, tl.trans(k_main), input_precision="ieee")
+        tile = tile_of(k, k_stride, first, k_len, dim, 0, BLOCK_N, D_MAIN, DESCRIPTORS)
+        dots = tl.dot(q_main, tl.trans(tile), input_precision="ieee")
         if D_REST > 0:
-            k_rest = load_rows(k, k_stride, first, k_len, dim, D_MAIN, BLOCK_N, D_REST)
-            dots = tl.dot(q_rest, tl.trans(k_rest), dots, input_precision="ieee")
+            tile = tile_of(
+                k_rest, k_stride, first, k_len, dim, D_MAIN, BLOCK_N, D_REST, DESCRIPTORS
+            )
+            dots = tl.dot(q_rest, tl.trans(tile), dots, input_precision="ieee")
+        # Infinity comes from a query or a key that is not finite, which means NaN.
         s, seen, _ = score(
-            dots, positions, keys, k_len, left, right, scale, softcap, slope, bias, bias_stride_q,
-            bias_stride_k, queries, q_len, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK, MASKED,
+            dots, queries[:, None], keys[None, :], begins[:, None], ends[:, None], past, scale,
+            softcap, slope, bias, bias_stride_q, bias_stride_k, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI,
+            HAS_BIAS, IS_MASK, MASKED, FOLD, CHECK=True,
         )  # fmt: skip
-        m_new = tl.maximum(m, tl.max(s, 1))
+        if MASKED or HAS_BIAS:
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * unit)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s * unit - shift[:, None])
         decay = tl.exp2(m - shift)
-        values = load_rows(v, v_stride, first, k_len, v_dim, 0, BLOCK_N, D_V)
+        values = tile_of(v, v_stride, first, k_len, v_dim, 0, BLOCK_N, D_V, DESCRIPTORS)
         if MASKED:  # zero times what nobody may see could be NaN
             values, good = finite(values)
             p = tl.where(seen & (good == 0)[None, :], float("nan"), p)
@@ -260,6 +263,7 @@ def forward(
     left,
     right,
     GROUP: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_MASK: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -267,6 +271,8 @@ def forward(
     D_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """out and lse, contiguous, of BLOCK_M queries of a head.
 
@@ -305,11 +311,18 @@ def forward(
 
         first = tile * BLOCK_M
         queries = first + tl.arange(0, BLOCK_M)
-        positions = k_len - q_len + queries
+        past = k_len - q_len
+        begins, ends = sight(queries, past, q_len, k_len, left, right)
         q_main = load_rows(q, q_stride_s, first, q_len, dim, 0, BLOCK_M, D_MAIN)
         q_rest = q_main
         if D_REST > 0:
             q_rest = load_rows(q, q_stride_s, first, q_len, dim, D_MAIN, BLOCK_M, D_REST)
+
+        all_k = matrix(k, k_stride_s, k_len, dim, BLOCK_N, D_MAIN, DESCRIPTORS)
+        all_k_rest = all_k
+        if D_REST > 0:
+            all_k_rest = matrix(k, k_stride_s, k_len, dim, BLOCK_N, D_REST, DESCRIPTORS)
+        all_v = matrix(v, v_stride_s, k_len, v_dim, BLOCK_N, D_V, DESCRIPTORS)
 
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
@@ -320,9 +333,10 @@ def forward(
         sums = tl.zeros([BLOCK_M, D_V], tl.float32)
         last = tl.minimum(first + BLOCK_M, q_len) - 1
         begin, inner, outer, end = visible_tiles(
-            k_len - q_len + first, k_len - q_len + last, k_len, left, right, HAS_BIAS, BLOCK_N
+            past + first, past + last, k_len, left, right, HAS_BIAS, BLOCK_N
         )
-        for phase in tl.static_range(3):  # before, among and behind the keys that all see
+        # Before, among and behind the keys that all see; without a window there are none before.
+        for phase in tl.static_range(0 if HAS_LEFT else 1, 3):
             if phase == 0:
                 low, high = begin, inner
             elif phase == 1:
@@ -330,10 +344,10 @@ def forward(
             else:
                 low, high = outer, end
             sums, l, m = _attend(
-                sums, l, m, q_main, q_rest, k, v, k_stride_s, v_stride_s, low, high, positions,
-                queries, q_len, k_len, left, right, scale, softcap, slope, bias, bias_stride_q,
-                bias_stride_k, dim, v_dim, phase != 1, HAS_SOFTCAP, HAS_ALIBI, HAS_BIAS, IS_MASK,
-                D_MAIN, D_REST, D_V, BLOCK_N,
+                sums, l, m, q_main, q_rest, all_k, all_k_rest, all_v, k_stride_s, v_stride_s, low,
+                high, queries, begins, ends, past, k_len, scale, softcap, slope, bias,
+                bias_stride_q, bias_stride_k, dim, v_dim, phase != 1, HAS_LEFT, HAS_SOFTCAP,
+                HAS_ALIBI, HAS_BIAS, IS_MASK, D_MAIN, D_REST, D_V, BLOCK_N, FOLD, DESCRIPTORS,
             )  # fmt: skip
 
         total = tl.where(l == 0.0, 1.0, l)  # a row that sees nothing is zero

@@ -1,0 +1,80 @@
+"""Launch configurations of the attention kernels, by target and head dimension."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a tile, warps, and stages of the pipeline that fetches the next tile."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[int, tuple[int, int, int, int]]
+"""`Blocks` by the widest head dimension that they are for."""
+
+# Not tuned: so that tiles fit in shared memory and few registers are spilled.
+FORWARD: dict[str, Table] = {
+    "sm_80": {64: (128, 32, 4, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
+    "sm_86": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)},
+    "sm_90": {
+        64: (128, 64, 4, 3),
+        128: (64, 64, 4, 3),
+        256: (64, 32, 8, 2),
+        1024: (32, 16, 8, 1),
+    },
+    "sm_100": {
+        64: (128, 64, 8, 2),
+        128: (128, 64, 8, 3),
+        256: (64, 32, 8, 2),
+        1024: (32, 16, 8, 1),
+    },
+    "gfx942": {
+        64: (128, 64, 4, 1),
+        128: (128, 64, 8, 1),
+        256: (64, 32, 8, 1),
+        1024: (32, 16, 8, 1),
+    },
+}
+# With descriptors: the best of a stripped-down causal kernel on an H200, for heads of 64 and 128.
+FORWARD_DESCRIPTORS: dict[str, Table] = {
+    target: {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)}
+    for target in ("sm_90", "sm_100")
+}
+FORWARD_FLOAT32: Table = {
+    64: (32, 32, 4, 1),
+    128: (32, 32, 8, 1),
+    1024: (16, 16, 4, 1),
+}
+"""float32 is multiplied without tensor cores, and operands take twice the room."""
+
+# Of the backward pass there are two kernels: a program of one holds m queries, one of the other n
+# keys, for which it has two sums.
+GRAD_QUERIES: dict[str, Table] = {
+    "sm_80": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_86": {64: (64, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "sm_100": {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+    "gfx942": {64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1), 1024: (16, 16, 4, 1)},
+}
+GRAD_KEYS = GRAD_QUERIES | {
+    "sm_90": {64: (64, 64, 4, 3), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
+}
+GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
+    target: {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    for target in ("sm_90", "sm_100")
+}
+GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
+    target: {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    for target in ("sm_90", "sm_100")
+}
+# Beside a bias, slopes or a softcap, which take registers.
+GRAD_KEYS_CROWDED: dict[str, Table] = {
+    target: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    for target in ("sm_90", "sm_100")
+}
+BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
