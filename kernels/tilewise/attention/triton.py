@@ -347,7 +347,8 @@ def _gradients(
         options = (scale, softcap, window_left, 0 if causal else window_right)
         constants = _constants(q, k, v, added, softcap, window_left)
 
-        descriptors = _have_descriptors(k, v)
+        # Beside a bias and a rest of the head dimension an H200 computed wrong gradients with them.
+        descriptors = is_plain and _have_descriptors(k, v)
         name, tables = "grad of queries", configs.GRAD_QUERIES
         if descriptors:
             name, tables = f"{name} by descriptors", configs.GRAD_QUERIES_DESCRIPTORS
@@ -362,12 +363,12 @@ def _gradients(
             **constants,
             **blocks,
         )
-        descriptors = _have_descriptors(q, grad_out)
-        name, tables = "grad of keys", configs.GRAD_KEYS
+        descriptors = is_plain and _have_descriptors(q, grad_out)
+        name, tables = "grad of keys", configs.GRAD_KEYS if is_plain else configs.GRAD_KEYS_CROWDED
         if descriptors:
             name, tables = f"{name} by descriptors", configs.GRAD_KEYS_DESCRIPTORS
-            if not is_plain:
-                tables = configs.GRAD_KEYS_CROWDED
+            if heads > k.shape[-2]:
+                name, tables = f"{name}, groups", configs.GRAD_KEYS_GROUPED
         blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,

@@ -256,7 +256,14 @@ def attend(
         stored_row = columns * k_cache.itemsize // (2 if format.name == "int4" else 1)
         q_row = (k_parts[1] + k_parts[3]) * dtype.itemsize
         config = choose_config(
-            architecture, m, row, stored_row, q_row, is_small=is_small, has_bias=bias is not None
+            architecture,
+            m,
+            row,
+            stored_row,
+            q_row,
+            is_small=is_small,
+            is_paged=block_table is not None,
+            has_bias=bias is not None,
         )
         if not has_tensor_cores:
             return config._replace(n=16, num_stages=1)

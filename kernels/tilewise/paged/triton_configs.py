@@ -30,6 +30,7 @@ def choose_config(
     q_row: int,
     *,
     is_small: bool,
+    is_paged: bool,
     has_bias: bool,
 ) -> Config:
     """The most keys per tile, and the most tiles in flight, that shared memory has room for.
@@ -41,8 +42,11 @@ def choose_config(
         stored_row: bytes of the same as they lie in the cache.
         q_row: bytes of one query.
         is_small: whether the launch is for requests of few rows, which is bound by memory.
+        is_paged: whether the keys lie in pages.
         has_bias: whether a tile of scores has one of biases beside it.
     """
+    if architecture == "sm_90" and is_small and m == 16 and row == 512 and not has_bias:
+        return _measured(stored_row, is_paged=is_paged)
     available = _SHARED_MEMORY[architecture] * 1024
     if m >= 64:
         available -= m * q_row
@@ -67,3 +71,10 @@ def choose_config(
     )
     is_wide = row > 1024 or m * max(row, 512) > 64 * 512
     return Config(m, n, 8 if is_wide else 4, num_stages)
+
+
+def _measured(stored_row: int, *, is_paged: bool) -> Config:
+    """The fastest on an H200, for heads of 128 in 16 bits; half as large, stored in 8 or 4."""
+    if stored_row < 512:
+        return Config(16, 128, 4, 3)
+    return Config(16, 32, 4, 5 if is_paged else 3)

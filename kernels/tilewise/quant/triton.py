@@ -222,7 +222,8 @@ def _split(
 
     (m, k), n = x.shape, weight.shape[0]
     tiles = -(-out.shape[-1] // tile.n) * -(-m // tile.m)
-    splits = configs.splits_of(m, k, tile.k, tiles, configs.config(x).programs)
+    programs = configs.programs_for(x, tile, is_packed=kind == "packed")
+    splits = configs.splits_of(m, k, tile.k, tiles, programs)
     per_split = -(-k // (splits * tile.k)) * tile.k
     splits = max(1, -(-k // per_split)) if k else 1
     tensors, sizes = parts_of(weight, torch.float32 if kind == "vector" else x.dtype)

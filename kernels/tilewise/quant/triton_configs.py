@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The table of an architecture; not measured yet, on any of them.
+    """The table of an architecture; only that of sm_90 was measured, on an H200, for int4 and int8.
 
     Args:
         tiles: in ascending order of m; the first that holds all rows of x is taken, or the last.
@@ -31,6 +31,7 @@ class Config(NamedTuple):
         float32: the tile for float32, which has no tensor cores to feed.
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
+        packed_programs: the same for `matmul_packed` of up to 32 rows.
         vector_rows, narrow_vector_rows: how many rows `vector` takes in float32 and in 16 bits,
             which tensor cores multiply faster however few there are.
         whole: from how many rows the weight is unpacked as a whole.
@@ -41,6 +42,7 @@ class Config(NamedTuple):
     pair_n: int
     float32: Tile
     programs: int
+    packed_programs: int = 0
     vector_rows: int = 4
     narrow_vector_rows: int = 0
     whole: int = 512
@@ -57,6 +59,7 @@ _AMPERE = Config(
     pair_n=32,
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
+    packed_programs=864,
 )
 _HOPPER = Config(
     tiles=(
@@ -67,13 +70,15 @@ _HOPPER = Config(
     ),
     packed=(
         Tile(64, 16, 0, 4, 3),
-        Tile(64, 32, 0, 4, 3),
+        Tile(64, 32, 0, 4, 2),
         Tile(64, 64, 0, 4, 3),
         Tile(128, 128, 0, 8, 2),
     ),
     pair_n=64,
     float32=Tile(32, 32, 128, 4, 1),
     programs=264,
+    packed_programs=1056,
+    whole=160,
 )
 CONFIGS = {
     "sm_80": _AMPERE,
@@ -132,6 +137,12 @@ def packed_tile_for(x: torch.Tensor, rows: int, group: int, *, is_pair: bool = F
             stages = min(tile.num_stages, room // stage)
             fitting.append(tile._replace(k=4 * group, num_stages=stages))
     return next((tile for tile in fitting if tile.m >= rows), fitting[-1])
+
+
+def programs_for(x: torch.Tensor, tile: Tile, *, is_packed: bool) -> int:
+    """How many programs K is split for."""
+    chosen = config(x)
+    return chosen.packed_programs if is_packed and tile.m <= 32 else chosen.programs
 
 
 def splits_of(m: int, k: int, block_k: int, tiles: int, programs: int) -> int:
