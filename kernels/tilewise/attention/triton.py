@@ -347,10 +347,13 @@ def _gradients(
         options = (scale, softcap, window_left, 0 if causal else window_right)
         constants = _constants(q, k, v, added, softcap, window_left)
 
-        # Beside a bias and a rest of the head dimension an H200 computed wrong gradients with them.
-        descriptors = is_plain and _have_descriptors(k, v)
+        # Heads in two parts were seen to get wrong gradients in the larger tiles (docs/gpu.md).
+        has_rest = constants["D_REST"] > 0
+        descriptors = _have_descriptors(k, v)
         name, tables = "grad of queries", configs.GRAD_QUERIES
-        if descriptors:
+        if has_rest:
+            name, tables = f"{name} in two parts", configs.BACKWARD_TWO_PARTS
+        elif descriptors:
             name, tables = f"{name} by descriptors", configs.GRAD_QUERIES_DESCRIPTORS
         blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
@@ -363,12 +366,16 @@ def _gradients(
             **constants,
             **blocks,
         )
-        descriptors = is_plain and _have_descriptors(q, grad_out)
-        name, tables = "grad of keys", configs.GRAD_KEYS if is_plain else configs.GRAD_KEYS_CROWDED
-        if descriptors:
+        descriptors = _have_descriptors(q, grad_out)
+        name, tables = "grad of keys", configs.GRAD_KEYS
+        if has_rest:
+            name, tables = f"{name} in two parts", configs.BACKWARD_TWO_PARTS
+        elif descriptors:
             name, tables = f"{name} by descriptors", configs.GRAD_KEYS_DESCRIPTORS
             if heads > k.shape[-2]:
                 name, tables = f"{name}, groups", configs.GRAD_KEYS_GROUPED
+            if not is_plain:
+                tables = configs.GRAD_KEYS_CROWDED
         blocks = _blocks(q, v_dim, name, tables, configs.BACKWARD_FLOAT32, is_plain=is_plain)
         gpu.launch(
             kernels.grad_keys,

@@ -69,17 +69,22 @@ GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
     for target in ("sm_90", "sm_100")
 }
 GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    target: {64: (64, 128, 8, 2), 128: (64, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
 }
 # Going along the heads of a group takes registers, too.
 GRAD_KEYS_GROUPED: dict[str, Table] = {
-    target: {64: (64, 64, 4, 3), 128: (32, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
+    target: {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
 }
 # Beside a bias, slopes or a softcap, which take registers.
-GRAD_KEYS_CROWDED = GRAD_KEYS | {
+GRAD_KEYS_CROWDED: dict[str, Table] = {
     target: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
+}
+# Of heads whose dimension is no power of two. On sm_90 these are too small for the instructions of
+# a warp group.
+BACKWARD_TWO_PARTS: dict[str, Table] = GRAD_QUERIES | {
+    target: {256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)} for target in ("sm_90", "sm_100")
 }
 BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
