@@ -82,9 +82,4 @@ GRAD_KEYS_CROWDED: dict[str, Table] = {
     target: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
     for target in ("sm_90", "sm_100")
 }
-# Of heads whose dimension is no power of two. On sm_90 these are too small for the instructions of
-# a warp group.
-BACKWARD_TWO_PARTS: dict[str, Table] = GRAD_QUERIES | {
-    target: {256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)} for target in ("sm_90", "sm_100")
-}
 BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
