@@ -308,6 +308,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, sinks and bias, those of a missing tensor empty."""
     from tilewise.attention import triton_backward_kernels as kernels
+    from tilewise.attention.triton_backward_parts import row_sums
 
     is_ragged = cu_seqlens_q is not None
     q, k, v = (cpu.unit_stride(x) for x in (q, k, v))
@@ -329,7 +330,7 @@ def _gradients(
         block = power_of_two(v_dim)
         rows_each = max(4096 // block, 1)
         gpu.launch(
-            kernels.row_sums,
+            row_sums,
             (-(-lse.numel() // rows_each),),
             grad_out,
             out,
