@@ -15,7 +15,6 @@ from typing import Any
 
 from tilewise import tuning
 from tilewise.benchmarks.measure import Bench
-from tilewise.benchmarks.timing import captured, on_device, side_stream
 from tilewise.benchmarks.workload import Workload
 from tilewise.tuning import Asked
 
@@ -124,9 +123,7 @@ def _score(benches: list[Bench]) -> float | None:
     for bench in benches:
         try:
             bench.agreement("triton")
-            with side_stream():
-                calls = {"triton": bench.call("triton")}
-                (seconds,) = on_device(calls | captured(calls)).values()
+            (seconds,) = bench.device_times(["triton"]).values()
         except Exception:  # too much shared memory, what the compiler cannot do, a wrong result
             return None
         logarithms.append(math.log(seconds))

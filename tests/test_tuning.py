@@ -10,6 +10,7 @@ import tilewise
 from tilewise import gpu, tuning
 from tilewise.benchmarks import tune as tuner
 from tilewise.benchmarks.calls import norm
+from tilewise.benchmarks.measure import Bench
 from tilewise.benchmarks.workload import Workload
 from tilewise.cli import main
 from tilewise.dispatch import OPS, Impl
@@ -54,12 +55,12 @@ def tunable(monkeypatch):
     monkeypatch.setattr(op, "impls", (Impl("triton", kernel), *others))
     monkeypatch.setattr(op, "backends_on", lambda device: ("triton", "torch", "naive"))
 
-    def seconds(calls):
-        calls["triton"]()
+    def seconds(bench, names):
+        bench.call(*names)()
         m, warps, stages = launched[-1]
         return {"triton": 1 / m + warps + stages}
 
-    monkeypatch.setattr(tuner, "on_device", seconds)
+    monkeypatch.setattr(Bench, "device_times", seconds)
     return launched
 
 
@@ -76,18 +77,18 @@ def test_walks_to_the_fastest_that_runs_and_agrees(tunable):
 
 
 def test_what_is_wrong_or_fails_is_never_the_fastest(tunable, monkeypatch):
-    def seconds(calls):
-        calls["triton"]()
+    def seconds(bench, names):
+        bench.call(*names)()
         m, warps, _ = tunable[-1]
         return {"triton": 1000 / m / warps}
 
-    monkeypatch.setattr(tuner, "on_device", seconds)
+    monkeypatch.setattr(Bench, "device_times", seconds)
     (found,) = tuner.tune(NORMS)
     assert (found.best["m"], found.best["num_warps"]) == (128, 4)
 
 
 def test_a_kernel_that_does_not_run_as_it_ships_is_not_tuned(tunable, monkeypatch):
-    monkeypatch.setattr(tuner, "on_device", lambda calls: 1 // 0)
+    monkeypatch.setattr(Bench, "device_times", lambda bench, names: 1 // 0)
     assert list(tuner.tune(NORMS)) == []
 
 

@@ -160,17 +160,6 @@ class BackwardPairs : public BackwardRows {
     }
   }
 
-  // Lanes of x and y in turns, as bfloat16; returns all of x's before all of y's.
-  static __m512i store_zipped(F32 x, F32 y, Pair* out) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v);
-    _mm512_store_si512(out, in_turns(both).v);
-    return both;
-  }
-
-  static void store_half(Element* out, __m256i x) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out), x);
-  }
-
   Workspace<float> memory_;
   Pairs q_, k_, grad_;          // rows of pairs: (queries, dim), (keys, dim), (queries, v_dim)
   Pairs k_turned_, v_turned_;   // (dim, keys) and (v_dim, keys), pairs of dimensions

@@ -13,6 +13,7 @@
 
 #include "cpu/attention_backward_rows.h"
 #include "cpu/attention_prefill_pack.h"
+#include "cpu/bf16_rows.h"
 #include "cpu/tile_packing.h"
 #include "cpu/tile_product.h"
 
@@ -200,17 +201,6 @@ class BackwardTiles : public BackwardRows {
       store_half(to, _mm512_castsi512_si256(both));
       store_half(to + TILE_DEPTH, _mm512_extracti64x4_epi64(both, 1));
     }
-  }
-
-  // Lanes of x and y in turns, as bfloat16; returns all of x's before all of y's.
-  static __m512i store_zipped(F32 x, F32 y, Element* out) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v);
-    _mm512_store_si512(out, in_turns(both).v);
-    return both;
-  }
-
-  static void store_half(Element* out, __m256i x) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out), x);
   }
 
   std::vector<Element> zeros_;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "cpu/simd_int.h"
 
 namespace tilewise {
 
@@ -23,6 +24,17 @@ inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t coun
   const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
   _mm512_store_si512(left, _mm512_permutex2var_epi64(low, of_left, high));
   _mm512_store_si512(right, _mm512_permutex2var_epi64(low, of_right, high));
+}
+
+// Lanes of x and y in turns, as bfloat16; returns all of x's before all of y's.
+inline __m512i store_zipped(F32 x, F32 y, void* out) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v);
+  _mm512_store_si512(out, in_turns(both).v);
+  return both;
+}
+
+inline void store_half(BFloat16* out, __m256i x) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(out), x);
 }
 
 }  // namespace tilewise

@@ -134,9 +134,9 @@ def _attend(
         out, lse = q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     is_plain = alibi_slopes is None and bias is None and softcap == 0
     descriptors = _have_descriptors(k, v)
-    name, tables = ("forward", configs.FORWARD)
+    name, tables = "forward", configs.FORWARD
     if descriptors:
-        name, tables = (f"{name} by descriptors", configs.FORWARD_DESCRIPTORS)
+        name, tables = f"{name} by descriptors", configs.FORWARD_DESCRIPTORS
     blocks = _blocks(q, v.shape[-1], name, tables, configs.FORWARD_FLOAT32, is_plain=is_plain)
     widest = max(q.shape[-1], v.shape[-1])
     batch, heads, tokens = _sizes(q, cu_seqlens_q)

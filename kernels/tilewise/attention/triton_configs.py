@@ -17,6 +17,18 @@ class Blocks(NamedTuple):
 Table = dict[int, tuple[int, int, int, int]]
 """`Blocks` by the widest head dimension that they are for."""
 
+
+def _with_descriptors(
+    to_64: tuple[int, int, int, int],
+    to_128: tuple[int, int, int, int],
+    to_256: tuple[int, int, int, int] = (32, 32, 8, 1),
+    to_1024: tuple[int, int, int, int] = (16, 16, 8, 1),
+) -> dict[str, Table]:
+    """Tables of the targets that load tiles by descriptors."""
+    table = {64: to_64, 128: to_128, 256: to_256, 1024: to_1024}
+    return dict.fromkeys(("sm_90", "sm_100"), table)
+
+
 # Measured on an H200 (sm_90) for heads of 64 and 128 in 16 bits. All others are not tuned: so that
 # tiles fit in shared memory and few registers are spilled.
 FORWARD: dict[str, Table] = {
@@ -41,10 +53,9 @@ FORWARD: dict[str, Table] = {
         1024: (32, 16, 8, 1),
     },
 }
-FORWARD_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 128, 4, 2), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2), 1024: (32, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
+FORWARD_DESCRIPTORS = _with_descriptors(
+    (64, 128, 4, 2), (64, 64, 4, 3), (64, 32, 8, 2), (32, 16, 8, 1)
+)
 FORWARD_FLOAT32: Table = {
     64: (32, 32, 4, 1),
     128: (32, 32, 8, 1),
@@ -64,22 +75,10 @@ GRAD_QUERIES: dict[str, Table] = {
 GRAD_KEYS = GRAD_QUERIES | {
     "sm_90": {64: (64, 64, 4, 3), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)},
 }
-GRAD_QUERIES_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
-GRAD_KEYS_DESCRIPTORS: dict[str, Table] = {
-    target: {64: (64, 128, 8, 2), 128: (64, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
+GRAD_QUERIES_DESCRIPTORS = _with_descriptors((64, 64, 4, 3), (128, 64, 8, 3))
+GRAD_KEYS_DESCRIPTORS = _with_descriptors((64, 128, 8, 2), (64, 128, 8, 3))
 # Going along the heads of a group takes registers, too.
-GRAD_KEYS_GROUPED: dict[str, Table] = {
-    target: {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
+GRAD_KEYS_GROUPED = _with_descriptors((64, 128, 8, 2), (32, 128, 8, 3))
 # Beside a bias, slopes or a softcap, which take registers.
-GRAD_KEYS_CROWDED: dict[str, Table] = {
-    target: {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
-    for target in ("sm_90", "sm_100")
-}
+GRAD_KEYS_CROWDED = _with_descriptors((32, 64, 4, 2), (32, 64, 8, 2))
 BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}

@@ -165,7 +165,7 @@ def _run(
     m, k = x.shape
     chosen = configs.config(x)
     is_packed = _is_packed(x, weight)
-    is_few = configs.is_vector(x, m) and not is_packed
+    is_few = not is_packed and configs.is_vector(x, m)
     if act is not None and k > 0:
         group = naive.activation_group(weight)
         if not is_few and activations.multiplies_codes(x, weight, act):
@@ -174,11 +174,14 @@ def _run(
     if m >= chosen.whole and not is_few:
         return _whole(x, weight, after, out)
     is_pair = after.activation == "swiglu"
-    tile = _vector_tile(m, k) if is_few else configs.tile_for(x, m, is_pair=is_pair)
-    kind, sizes = ("vector", {"n": 1}) if is_few else ("matrix", {"n": 16, "k": 128})
     if is_packed:
         tile = configs.packed_tile_for(x, m, weight.group_size, is_pair=is_pair)
         kind, sizes = "packed", {"n": 16}
+    elif is_few:
+        tile, kind, sizes = _vector_tile(m, k), "vector", {"n": 1}
+    else:
+        tile = configs.tile_for(x, m, is_pair=is_pair)
+        kind, sizes = "matrix", {"n": 16, "k": 128}
     # What fits into shared memory depends on the format and on x's dtype.
     name = f"{kind} {weight.format} {x.dtype} {tile.m} x {tile.k}"
     tile = tuning.chosen(x, f"{name}, {'pairs' if is_pair else 'rows'}", tile, sizes)

@@ -18,39 +18,28 @@ import triton.language as tl
 
 from tilewise.quant.triton_finish_kernels import place, store_or_part
 
-_BFLOAT16 = tl.constexpr(
-    """{
-    .reg .b32 a, b, c, one;
-    mov.b32 one, 0x3F803F80;
-    shr.u32 a, $4, 8;
-    shr.u32 b, $4, 4;
-    shr.u32 c, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $1, a, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $2, b, 0x000F000F, 0x43004300, 0xEA;
-    lop3.b32 $3, c, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, $0, one, $5;
-    fma.rn.bf16x2 $1, $1, one, $5;
-    fma.rn.bf16x2 $2, $2, one, $5;
-    fma.rn.bf16x2 $3, $3, one, $5;
-    }"""
-)
-_FLOAT16 = tl.constexpr(
-    """{
-    .reg .b32 a, b, c;
-    shr.u32 a, $4, 8;
-    shr.u32 b, $4, 4;
-    shr.u32 c, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $1, a, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $2, b, 0x000F000F, 0x64006400, 0xEA;
-    lop3.b32 $3, c, 0x000F000F, 0x64006400, 0xEA;
-    add.rn.f16x2 $0, $0, $5;
-    add.rn.f16x2 $1, $1, $5;
-    add.rn.f16x2 $2, $2, $5;
-    add.rn.f16x2 $3, $3, $5;
-    }"""
-)
+
+def _assembly(magic: str, subtract: str) -> tl.constexpr:
+    """Of two uint16 in $4, the low halves of both bytes ($0, $1) and the high ones; $5 is added."""
+    return tl.constexpr(
+        f"""{{
+        .reg .b32 a, b, c, one;
+        mov.b32 one, 0x3F803F80;
+        shr.u32 a, $4, 8;
+        shr.u32 b, $4, 4;
+        shr.u32 c, $4, 12;
+        lop3.b32 $0, $4, 0x000F000F, {magic}, 0xEA;
+        lop3.b32 $1, a, 0x000F000F, {magic}, 0xEA;
+        lop3.b32 $2, b, 0x000F000F, {magic}, 0xEA;
+        lop3.b32 $3, c, 0x000F000F, {magic}, 0xEA;
+        """
+        + "".join(subtract.format(i) for i in range(4))
+        + "}"
+    )
+
+
+_BFLOAT16 = _assembly("0x43004300", "fma.rn.bf16x2 ${0}, ${0}, one, $5; ")
+_FLOAT16 = _assembly("0x64006400", "add.rn.f16x2 ${0}, ${0}, $5; ")
 
 
 @triton.jit
