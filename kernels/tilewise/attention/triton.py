@@ -217,7 +217,7 @@ def _constants(
 ) -> dict[str, Any]:
     main, rest = pieces(q.shape[-1])
     if rest and q.shape[-1] <= 128 and gpu.has_descriptors(q) and q.dtype.itemsize == 2:
-        # In the tiles of these heads an H200 computed wrong gradients for two parts (docs/gpu.md).
+        # With two parts of different widths an H200 computed wrong gradients (docs/gpu.md).
         main, rest = power_of_two(q.shape[-1]), 0
     return {
         "GROUP": q.shape[-2] // k.shape[-2],

@@ -2,7 +2,8 @@
 
 Most products take `matmul`, which unpacks a tile of the weight for each tile of x, and those of
 int4 weights in 16 bits `matmul_packed`, which unpacks faster. A few rows in float32 take `vector`,
-which reads the weight once and multiplies without tensor cores. Where a weight would be unpacked
+which reads the weight once and multiplies without tensor cores, and one or two rows by int4 weights
+in 16 bits `vector_packed`. Where a weight would be unpacked
 too often, that is done once, into x's dtype, and PyTorch multiplies: its result is float32, so that
 `finish` still rounds once, unless nothing follows and PyTorch's one rounding is the same.
 
@@ -164,8 +165,8 @@ def _run(
         return
     m, k = x.shape
     chosen = configs.config(x)
-    is_packed = _is_packed(x, weight)
-    is_few = not is_packed and configs.is_vector(x, m)
+    is_packed = act is None and _is_packed(x, weight)
+    is_few = configs.is_vector(x, m, is_packed=is_packed)
     if act is not None and k > 0:
         group = naive.activation_group(weight)
         if not is_few and activations.multiplies_codes(x, weight, act):
@@ -174,11 +175,14 @@ def _run(
     if m >= chosen.whole and not is_few:
         return _whole(x, weight, after, out)
     is_pair = after.activation == "swiglu"
-    if is_packed:
+    if is_packed and is_few:
+        tile = configs.packed_vector_tile(m, weight.shape[0], k)
+        kind, sizes = "packed vector", {"n": 1, "k": 512}
+    elif is_packed:
         tile = configs.packed_tile_for(x, m, weight.group_size, is_pair=is_pair)
         kind, sizes = "packed", {"n": 16}
     elif is_few:
-        tile, kind, sizes = _vector_tile(m, k), "vector", {"n": 1}
+        tile, kind, sizes = configs.vector_tile(m, k), "vector", {"n": 1}
     else:
         tile = configs.tile_for(x, m, is_pair=is_pair)
         kind, sizes = "matrix", {"n": 16, "k": 128}
@@ -189,7 +193,7 @@ def _run(
 
 
 def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
-    """Whether `matmul_packed` takes the product, of whatever number of rows."""
+    """Whether the kernels for packed weights take the product, of whatever number of rows."""
     group, parts = weight.group_size, (weight.data, weight.scales, weight.zeros)
     return (
         weight.format == "int4"
@@ -204,13 +208,6 @@ def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
     )
 
 
-def _vector_tile(m: int, k: int) -> Tile:
-    """32 weights for each of 128 threads, or 16 where each meets more rows of x."""
-    block_m = 1 << (m - 1).bit_length()
-    block_k = next((block for block in (512, 256) if k % block == 0), 128)
-    return Tile((4096 if block_m == 1 else 2048) // block_k, block_m, block_k, 4, 1)
-
-
 def _split(
     x: torch.Tensor,
     weight: QuantizedTensor | torch.Tensor,
@@ -221,7 +218,7 @@ def _split(
     kind: str,
 ) -> None:
     from tilewise.quant import triton_kernels as kernels
-    from tilewise.quant.triton_packed_kernels import matmul_packed
+    from tilewise.quant.triton_packed_kernels import matmul_packed, vector_packed
 
     (m, k), n = x.shape, weight.shape[0]
     tiles = -(-out.shape[-1] // tile.n) * -(-m // tile.m)
@@ -231,12 +228,19 @@ def _split(
     splits = max(1, -(-k // per_split)) if k else 1
     tensors, sizes = parts_of(weight, torch.float32 if kind == "vector" else x.dtype)
     options = {**format_of(weight), "EVEN": k % tile.k == 0, "BLOCK_K": tile.k}
-    if kind == "packed":
+    if "packed" in kind:
         tensors = tensors[:3]
-        options = {"GROUP": tile.k // 4, "SCALED": tile.m >= 128}
+        del options["FORMAT"]
+    if kind == "packed":
+        options = {"GROUP": options["GROUP"], "SCALED": tile.m >= 128}
     sums = out if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
     gpu.launch(
-        {"vector": kernels.vector, "matrix": kernels.matmul, "packed": matmul_packed}[kind],
+        {
+            "vector": kernels.vector,
+            "matrix": kernels.matmul,
+            "packed vector": vector_packed,
+            "packed": matmul_packed,
+        }[kind],
         (tiles, splits),
         x,
         *tensors,

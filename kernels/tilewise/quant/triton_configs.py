@@ -32,6 +32,7 @@ class Config(NamedTuple):
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
         packed_programs: the same for `matmul_packed` of up to 32 rows.
+        packed_vector_rows: how many rows `vector_packed` takes; not measured but on sm_90.
         vector_rows, narrow_vector_rows: how many rows `vector` takes in float32 and in 16 bits,
             which tensor cores multiply faster however few there are.
         whole: from how many rows the weight is unpacked as a whole.
@@ -43,6 +44,7 @@ class Config(NamedTuple):
     float32: Tile
     programs: int
     packed_programs: int = 0
+    packed_vector_rows: int = 0
     vector_rows: int = 4
     narrow_vector_rows: int = 0
     whole: int = 512
@@ -60,6 +62,7 @@ _AMPERE = Config(
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
     packed_programs=864,
+    packed_vector_rows=2,
 )
 _HOPPER = Config(
     tiles=(
@@ -78,6 +81,7 @@ _HOPPER = Config(
     float32=Tile(32, 32, 128, 4, 1),
     programs=264,
     packed_programs=1056,
+    packed_vector_rows=2,
     whole=160,
 )
 CONFIGS = {
@@ -119,11 +123,27 @@ def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
     return tile._replace(n=chosen.pair_n) if is_pair else tile
 
 
-def is_vector(x: torch.Tensor, rows: int) -> bool:
+def is_vector(x: torch.Tensor, rows: int, *, is_packed: bool) -> bool:
     """Whether so few rows of x are multiplied without tensor cores."""
     chosen = config(x)
+    if is_packed:
+        return rows <= chosen.packed_vector_rows
     is_float32 = x.dtype == torch.float32
     return rows <= (chosen.vector_rows if is_float32 else chosen.narrow_vector_rows)
+
+
+def vector_tile(m: int, k: int) -> Tile:
+    """Of `vector`: 32 weights for each of 128 threads, or 16 where each meets more rows of x."""
+    block_m = 1 << (m - 1).bit_length()
+    block_k = next((block for block in (512, 256) if k % block == 0), 128)
+    return Tile((4096 if block_m == 1 else 2048) // block_k, block_m, block_k, 4, 1)
+
+
+def packed_vector_tile(m: int, n: int, k: int) -> Tile:
+    """Of `vector_packed`: a whole row of the weight at once if it can be, and as many as pay."""
+    block_m = 1 << (m - 1).bit_length()
+    block_k = min(4096, max(512, 1 << (k - 1).bit_length()))
+    return Tile(8 if n >= 8192 else 4 if n >= 2048 else 2, block_m, block_k, 4, 1)
 
 
 def packed_tile_for(x: torch.Tensor, rows: int, group: int, *, is_pair: bool = False) -> Tile:

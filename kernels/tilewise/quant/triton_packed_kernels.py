@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The Triton kernel of products with int4 weights in 16 bits, for NVIDIA's chips.
+"""The Triton kernels of products with int4 weights in 16 bits, for NVIDIA's chips.
 
 What a product of a few rows costs is the unpacking: a chip has half as many units for the bits of
 an integer as for float32. So codes are never numbers of 32 bits here. An AND and an OR make two
@@ -176,4 +176,137 @@ def matmul_packed(
     store_or_part(
         y, up, n, m, M, N, bias, residual, projected, adapter_b, rank, out, tl.program_id(1),
         ACTIVATION, SPLITS,
+    )  # fmt: skip
+
+
+# Four bytes in $8: their low halves ($0 to $3) and high ones ($4 to $7) as float32, 2^7 + code. A
+# code that becomes the third byte of a float32 stands where its 1 is worth 1.
+_FLOATS = tl.constexpr(
+    """{
+    .reg .b32 low, high, magic;
+    mov.b32 magic, 0x43000000;
+    and.b32 low, $8, 0x0F0F0F0F;
+    shr.u32 high, $8, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    """
+    + "".join(
+        f"prmt.b32 ${4 * half + i}, {name}, magic, 0x7{i}44; "
+        for half, name in enumerate(("low", "high"))
+        for i in range(4)
+    )
+    + "}"
+)
+_EIGHT_FLOATS = tl.constexpr((tl.float32,) * 8)
+
+
+@triton.jit
+def _fours(x, CHUNKS: tl.constexpr):
+    """Every fourth column of (CHUNKS, 8), four times (CHUNKS, 2)."""
+    even, odd = tl.split(tl.reshape(x, [CHUNKS, 2, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _add_chunks(
+    y, x, x_stride, data, scales, zeros, rows, chunk, inside, row_bytes: tl.constexpr, groups, M,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """y (CHUNKS, BLOCK_N, BLOCK_M) + the products of 16 weights each, of one group, with x.
+
+    Chunks come first in all shapes, because Triton deals the first dimension out to threads.
+    """
+    words = data.to(tl.pointer_type(tl.int32), bitcast=True)
+    at = (rows * (row_bytes // 4))[None, :, None] + (chunk * 2)[:, None, None]
+    at += tl.arange(0, 2)[None, None, :]
+    codes = tl.load(words + at, mask=inside[:, None, None], other=0)
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        _FLOATS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes], dtype=_EIGHT_FLOATS, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+    group = rows[None, :] * groups + (chunk // (GROUP // 16))[:, None]
+    scale = tl.load(scales + group, mask=inside[:, None], other=0.0).to(tl.float32)
+    zero = tl.full([1, 1], 128.0 + 8.0, tl.float32)
+    if zeros is not None:
+        zero = 128.0 + tl.load(zeros + group, mask=inside[:, None], other=0).to(tl.float32)
+    column = (chunk // 2 * 32 + chunk % 2 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    for m in tl.static_range(BLOCK_M):
+        of_x = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride + column
+        low = tl.load(of_x, mask=inside[:, None], other=0.0).to(tl.float32)
+        high = tl.load(of_x + 16, mask=inside[:, None], other=0.0).to(tl.float32)
+        low_1, low_2, low_3, low_4 = _fours(low, CHUNKS)
+        high_1, high_2, high_3, high_4 = _fours(high, CHUNKS)
+        sums = a * low_1[:, None, :]
+        sums += b * low_2[:, None, :]
+        sums += c * low_3[:, None, :]
+        sums += d * low_4[:, None, :]
+        sums += e * high_1[:, None, :]
+        sums += f * high_2[:, None, :]
+        sums += g * high_3[:, None, :]
+        sums += h * high_4[:, None, :]
+        of_m = (tl.sum(sums, 2) - zero * tl.sum(low + high, 1)[:, None]) * scale
+        if BLOCK_M == 1:
+            y += of_m[:, :, None]
+        else:
+            y += tl.where(tl.arange(0, BLOCK_M)[None, None, :] == m, of_m[:, :, None], 0.0)
+    return y
+
+
+@triton.jit
+def vector_packed(
+    x,
+    data,
+    scales,
+    zeros,
+    bias,
+    residual,
+    projected,
+    adapter_b,
+    out,
+    M,
+    N,
+    K,
+    x_stride,
+    row_bytes: tl.constexpr,
+    groups,
+    rank,
+    k_per_split,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All of the few rows of x without tensor cores, so that no thread waits for another.
+
+    A thread takes 16 weights at a time, of one group: it loads them with one instruction, sums up
+    codes times x, and scales that sum. What threads have summed up meets at the end.
+    """
+    PAIR: tl.constexpr = ACTIVATION == "swiglu"
+    OUT = N // 2 if PAIR else N
+    CHUNKS: tl.constexpr = BLOCK_K // 16
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M).to(tl.int64)
+    rows = tl.minimum(n, OUT - 1)
+    begin = tl.program_id(1) * k_per_split
+    y = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(begin, min(begin + k_per_split, K), BLOCK_K):
+        chunk = k // 16 + tl.arange(0, CHUNKS)
+        inside = tl.full([CHUNKS], 1, tl.int1) if EVEN else chunk * 16 < K
+        y = _add_chunks(
+            y, x, x_stride, data, scales, zeros, rows, chunk, inside, row_bytes, groups, M, GROUP,
+            BLOCK_M, CHUNKS,
+        )  # fmt: skip
+        if PAIR:
+            up = _add_chunks(
+                up, x, x_stride, data, scales, zeros, rows + OUT, chunk, inside, row_bytes, groups,
+                M, GROUP, BLOCK_M, CHUNKS,
+            )  # fmt: skip
+    store_or_part(
+        tl.sum(y, 0), tl.sum(up, 0), n, m, M, N, bias, residual, projected, adapter_b, rank, out,
+        tl.program_id(1), ACTIVATION, SPLITS,
     )  # fmt: skip
