@@ -182,7 +182,7 @@ def _decode():
         (lambda: _product(9, "int4"), "BLOCK_N"),
         (_decode, "N"),
     ],
-    ids=["attention", "vector", "matrix", "packed vector", "packed", "paged"],
+    ids=["attention", "vector", "matrix", "words", "packed", "paged"],
 )
 def test_the_kernels_launch_with_what_is_tried(call, size):
     with gpu.compiling_for("sm_90"), tuning.trying({}) as asked:

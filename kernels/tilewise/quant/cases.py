@@ -146,10 +146,13 @@ CASES = [
     _case("one-row", _product(_INT4, 1, 63, 33)),
     _case("vector", _product(_INT4, (), 16, 64)),
     _case("batch", _product(_INT4, (2, 2), 16, 64)),
-    # What Triton's kernel of few rows and packed weights takes: K is a multiple of four groups.
+    # What Triton's kernel of few rows takes, which reads weights in words.
     _case("few-rows-128", _product(_own("int4", 128, symmetric=False), 1, 63, 512)),
     _case("few-rows-64", _product(_own("int4", 64), 2, 31, 768, residual=True), "residual"),
     _case("few-rows-swiglu", _product(_INT4, 2, 42, 4608, bias=True, activation="swiglu"), "bias"),
+    _case("few-rows-int4", _product(_own("int4", PER_CHANNEL, symmetric=False), 1, 50, 96)),
+    _case("few-rows-int8", _product(_own("int8", PER_CHANNEL), 2, 33, 544, residual=True)),
+    _case("few-rows-int8-g64", _product(_own("int8", 64, symmetric=False), 1, 19, 4352)),
     _case("empty", _product(_INT4, 0, 16, 64)),
     _case("empty-batch", _product(_gguf("Q4_K"), (2, 0), 8, 256)),
     _case("bias", _product(_INT8, 3, 32, 64, bias=True), "bias"),

@@ -2,10 +2,10 @@
 
 Most products take `matmul`, which unpacks a tile of the weight for each tile of x, and those of
 int4 weights in 16 bits `matmul_packed`, which unpacks faster. A few rows in float32 take `vector`,
-which reads the weight once and multiplies without tensor cores, and one or two rows by int4 weights
-in 16 bits `vector_packed`. Where a weight would be unpacked
-too often, that is done once, into x's dtype, and PyTorch multiplies: its result is float32, so that
-`finish` still rounds once, unless nothing follows and PyTorch's one rounding is the same.
+which reads the weight once and multiplies without tensor cores; one or two in 16 bits, by int4 or
+int8 weights, `vector_words`. Where a weight would be unpacked too often, that is done once, into
+x's dtype, and PyTorch multiplies: its result is float32, so that `finish` still rounds once, unless
+nothing follows and PyTorch's one rounding is the same.
 
 With `act`, codes of x are multiplied with those of the weight (`triton_activations.py`), or x is
 rounded first and takes the way of any x.
@@ -166,7 +166,8 @@ def _run(
     m, k = x.shape
     chosen = configs.config(x)
     is_packed = act is None and _is_packed(x, weight)
-    is_few = configs.is_vector(x, m, is_packed=is_packed)
+    is_few_by_words = act is None and m <= chosen.words_rows and _is_in_words(x, weight)
+    is_few = is_few_by_words or (not is_packed and configs.is_vector(x, m))
     if act is not None and k > 0:
         group = naive.activation_group(weight)
         if not is_few and activations.multiplies_codes(x, weight, act):
@@ -175,9 +176,9 @@ def _run(
     if m >= chosen.whole and not is_few:
         return _whole(x, weight, after, out)
     is_pair = after.activation == "swiglu"
-    if is_packed and is_few:
-        tile = configs.packed_vector_tile(m, weight.shape[0], k)
-        kind, sizes = "packed vector", {"n": 1, "k": 512}
+    if is_few_by_words:
+        tile = configs.words_tile(m, weight.shape[0], k)
+        kind, sizes = "words", {"n": 1, "k": 512}
     elif is_packed:
         tile = configs.packed_tile_for(x, m, weight.group_size, is_pair=is_pair)
         kind, sizes = "packed", {"n": 16}
@@ -192,19 +193,29 @@ def _run(
     return _split(x, weight, after, out, tile, kind=kind)
 
 
-def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
-    """Whether the kernels for packed weights take the product, of whatever number of rows."""
-    group, parts = weight.group_size, (weight.data, weight.scales, weight.zeros)
+def _is_in_words(x: torch.Tensor, weight: QuantizedTensor) -> bool:
+    """Whether `vector_words` can take the product, of few rows."""
     return (
-        weight.format == "int4"
+        weight.format in ("int4", "int8")
         and x.dtype.itemsize == 2
+        and weight.shape[1] % 32 == 0
+        and weight.data.data_ptr() % 8 == 0
+        and not gpu.INTERPRETED  # which knows no assembly
+    )
+
+
+def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
+    """Whether `matmul_packed` takes the product, of whatever number of rows."""
+    group, scales, zeros = weight.group_size, weight.scales, weight.zeros
+    return (
+        _is_in_words(x, weight)
+        and weight.format == "int4"
         and group > 0
         and weight.shape[1] % (4 * group) == 0
-        and weight.scales is not None
-        and weight.scales.dtype == torch.float16
-        and all(part is None or part.data_ptr() % 8 == 0 for part in parts)
+        and scales is not None
+        and scales.dtype == torch.float16
+        and all(part is None or part.data_ptr() % 8 == 0 for part in (scales, zeros))
         and bool(configs.config(x).packed)
-        and not gpu.INTERPRETED  # which knows no assembly
     )
 
 
@@ -218,7 +229,7 @@ def _split(
     kind: str,
 ) -> None:
     from tilewise.quant import triton_kernels as kernels
-    from tilewise.quant.triton_packed_kernels import matmul_packed, vector_packed
+    from tilewise.quant.triton_packed_kernels import matmul_packed, vector_words
 
     (m, k), n = x.shape, weight.shape[0]
     tiles = -(-out.shape[-1] // tile.n) * -(-m // tile.m)
@@ -228,9 +239,8 @@ def _split(
     splits = max(1, -(-k // per_split)) if k else 1
     tensors, sizes = parts_of(weight, torch.float32 if kind == "vector" else x.dtype)
     options = {**format_of(weight), "EVEN": k % tile.k == 0, "BLOCK_K": tile.k}
-    if "packed" in kind:
+    if kind in ("words", "packed"):
         tensors = tensors[:3]
-        del options["FORMAT"]
     if kind == "packed":
         options = {"GROUP": options["GROUP"], "SCALED": tile.m >= 128}
     sums = out if splits == 1 else x.new_empty(splits, m, n, dtype=torch.float32)
@@ -238,7 +248,7 @@ def _split(
         {
             "vector": kernels.vector,
             "matrix": kernels.matmul,
-            "packed vector": vector_packed,
+            "words": vector_words,
             "packed": matmul_packed,
         }[kind],
         (tiles, splits),

@@ -32,7 +32,7 @@ class Config(NamedTuple):
         programs: K is split until there are about so many. A constant, and not the number of
             processors, on which no result may depend.
         packed_programs: the same for `matmul_packed` of up to 32 rows.
-        packed_vector_rows: how many rows `vector_packed` takes; not measured but on sm_90.
+        words_rows: how many rows `vector_words` takes.
         vector_rows, narrow_vector_rows: how many rows `vector` takes in float32 and in 16 bits,
             which tensor cores multiply faster however few there are.
         whole: from how many rows the weight is unpacked as a whole.
@@ -44,7 +44,7 @@ class Config(NamedTuple):
     float32: Tile
     programs: int
     packed_programs: int = 0
-    packed_vector_rows: int = 0
+    words_rows: int = 0
     vector_rows: int = 4
     narrow_vector_rows: int = 0
     whole: int = 512
@@ -62,7 +62,7 @@ _AMPERE = Config(
     float32=Tile(32, 32, 128, 4, 1),
     programs=216,
     packed_programs=864,
-    packed_vector_rows=2,
+    words_rows=2,
 )
 _HOPPER = Config(
     tiles=(
@@ -81,7 +81,7 @@ _HOPPER = Config(
     float32=Tile(32, 32, 128, 4, 1),
     programs=264,
     packed_programs=1056,
-    packed_vector_rows=2,
+    words_rows=2,
     whole=160,
 )
 CONFIGS = {
@@ -123,11 +123,9 @@ def tile_for(x: torch.Tensor, rows: int, *, is_pair: bool = False) -> Tile:
     return tile._replace(n=chosen.pair_n) if is_pair else tile
 
 
-def is_vector(x: torch.Tensor, rows: int, *, is_packed: bool) -> bool:
-    """Whether so few rows of x are multiplied without tensor cores."""
+def is_vector(x: torch.Tensor, rows: int) -> bool:
+    """Whether `vector` takes so few rows of x."""
     chosen = config(x)
-    if is_packed:
-        return rows <= chosen.packed_vector_rows
     is_float32 = x.dtype == torch.float32
     return rows <= (chosen.vector_rows if is_float32 else chosen.narrow_vector_rows)
 
@@ -139,11 +137,11 @@ def vector_tile(m: int, k: int) -> Tile:
     return Tile((4096 if block_m == 1 else 2048) // block_k, block_m, block_k, 4, 1)
 
 
-def packed_vector_tile(m: int, n: int, k: int) -> Tile:
-    """Of `vector_packed`: a whole row of the weight at once if it can be, and as many as pay."""
+def words_tile(m: int, n: int, k: int) -> Tile:
+    """Of `vector_words`: whole rows of the weight, if they are no longer than 4096."""
     block_m = 1 << (m - 1).bit_length()
     block_k = min(4096, max(512, 1 << (k - 1).bit_length()))
-    return Tile(8 if n >= 8192 else 4 if n >= 2048 else 2, block_m, block_k, 4, 1)
+    return Tile(8 if n >= 4096 else 4, block_m, block_k, 4, 1)
 
 
 def packed_tile_for(x: torch.Tensor, rows: int, group: int, *, is_pair: bool = False) -> Tile:

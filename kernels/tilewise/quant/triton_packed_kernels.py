@@ -1,12 +1,17 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of products with int4 weights in 16 bits, for NVIDIA's chips.
+"""The Triton kernels of products with int4 and int8 weights in 16 bits, for NVIDIA's chips.
 
 What a product of a few rows costs is the unpacking: a chip has half as many units for the bits of
-an integer as for float32. So codes are never numbers of 32 bits here. An AND and an OR make two
-16-bit floats of two of them, 2^7 + code in bfloat16 and 2^10 + code in float16, and one FMA
-subtracts what was added and the zero, exactly. Scales multiply sums, not weights: the sum of each
-group, in float32. Where many rows share the weight that would cost more than scaled weights, so
-there the scale multiplies them, too, in pairs.
+an integer as for float32. So codes are never numbers of 32 bits here, but become the mantissas of
+floats.
+
+For tensor cores an AND and an OR make two 16-bit floats of two codes, 2^7 + code in bfloat16 and
+2^10 + code in float16, and one FMA subtracts what was added and the zero, exactly. Scales multiply
+sums, not weights: the sum of each group, in float32. Where many rows share the weight that would
+cost more than scaled weights, so there the scale multiplies them, too, in pairs.
+
+One or two rows are multiplied without tensor cores, by float32 of which the code is one byte; what
+was added is subtracted from sums of 16 products, as so many times the sum of x.
 
 The trick with the exponent is from Kim et al., Who Says Elephants Can't Run: Bringing Large Scale
 MoE Models into Cloud Scale Production, 2022 (arXiv:2211.10017).
@@ -179,72 +184,114 @@ def matmul_packed(
     )  # fmt: skip
 
 
-# Four bytes in $8: their low halves ($0 to $3) and high ones ($4 to $7) as float32, 2^7 + code. A
-# code that becomes the third byte of a float32 stands where its 1 is worth 1.
-_FLOATS = tl.constexpr(
-    """{
-    .reg .b32 low, high, magic;
-    mov.b32 magic, 0x43000000;
-    and.b32 low, $8, 0x0F0F0F0F;
-    shr.u32 high, $8, 4;
-    and.b32 high, high, 0x0F0F0F0F;
-    """
-    + "".join(
-        f"prmt.b32 ${4 * half + i}, {name}, magic, 0x7{i}44; "
-        for half, name in enumerate(("low", "high"))
-        for i in range(4)
+def _floats(name: str, selector: str, first: int) -> str:
+    """Bytes of a register as float32 of the exponent 2^7, from output `first` on."""
+    return "".join(
+        f"prmt.b32 ${first + i}, {name}, magic, 0x{selector.format(i)}; " for i in range(4)
     )
+
+
+# Four bytes in $8: their low halves ($0 to $3) and high ones ($4 to $7), 2^7 + code. A code that
+# becomes the third byte of a float32 stands where its 1 is worth 1.
+_NIBBLES = tl.constexpr(
+    "{ .reg .b32 low, high, magic; mov.b32 magic, 0x43000000; "
+    "and.b32 low, $8, 0x0F0F0F0F; shr.u32 high, $8, 4; and.b32 high, high, 0x0F0F0F0F; "
+    + _floats("low", "7{}44", 0)
+    + _floats("high", "7{}44", 4)
     + "}"
 )
-_EIGHT_FLOATS = tl.constexpr((tl.float32,) * 8)
+# Four signed bytes in $4, as the second byte of a float32: 2^7 + (code + 128) / 256.
+_BYTES = tl.constexpr(
+    "{ .reg .b32 codes, magic; mov.b32 magic, 0x43000000; xor.b32 codes, $4, 0x80808080; "
+    + _floats("codes", "74{}4", 0)
+    + "}"
+)
+_FOUR, _EIGHT = (tl.constexpr((tl.float32,) * n) for n in (4, 8))
+
+
+@triton.jit
+def _byte_floats(words):
+    return tl.inline_asm_elementwise(
+        _BYTES, "=&r,=&r,=&r,=&r,r", [words], dtype=_FOUR, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sixteen_floats(data, rows, chunk, inside, row_bytes: tl.constexpr, FORMAT: tl.constexpr):
+    """The codes of chunks of 16 weights as float32, see above: (CHUNKS, BLOCK_N, 2) eight times."""
+    words = data.to(tl.pointer_type(tl.int32), bitcast=True)
+    CHUNK_WORDS: tl.constexpr = 2 if FORMAT == "int4" else 4
+    at = (rows * (row_bytes // 4))[None, :, None] + (chunk * CHUNK_WORDS)[:, None, None]
+    at += tl.arange(0, 2)[None, None, :]
+    first = tl.load(words + at, mask=inside[:, None, None], other=0)
+    if FORMAT == "int4":
+        return tl.inline_asm_elementwise(
+            _NIBBLES, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [first], dtype=_EIGHT, is_pure=True,
+            pack=1,
+        )  # fmt: skip
+    else:
+        second = tl.load(words + at + 2, mask=inside[:, None, None], other=0)
+        return _byte_floats(first) + _byte_floats(second)
+
+
+@triton.jit
+def _scale_and_zero(
+    scales, zeros, rows, chunk, inside, groups, FORMAT: tl.constexpr, GROUP: tl.constexpr
+):
+    """What floats of codes are scaled by and less: (CHUNKS, BLOCK_N), or of rows (1, BLOCK_N)."""
+    group = rows[None, :]
+    is_here = group >= 0
+    if GROUP > 0:
+        group = group * groups + (chunk // (GROUP // 16))[:, None]
+        is_here = inside[:, None]
+    scale = tl.load(scales + group, mask=is_here, other=0.0).to(tl.float32)
+    zero = tl.zeros([1, 1], tl.float32)
+    if zeros is not None:
+        zero = tl.load(zeros + group, mask=is_here, other=0).to(tl.float32)
+    if FORMAT == "int4":
+        return scale, 128.0 + (8.0 if zeros is None else zero)
+    else:
+        return scale * 256.0, 128.5 + zero / 256.0
 
 
 @triton.jit
 def _fours(x, CHUNKS: tl.constexpr):
-    """Every fourth column of (CHUNKS, 8), four times (CHUNKS, 2)."""
+    """Every fourth column of (CHUNKS, 8), four times (CHUNKS, 1, 2)."""
     even, odd = tl.split(tl.reshape(x, [CHUNKS, 2, 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
-    return first, second, third, fourth
+    return first[:, None], second[:, None], third[:, None], fourth[:, None]
 
 
 @triton.jit
 def _add_chunks(
     y, x, x_stride, data, scales, zeros, rows, chunk, inside, row_bytes: tl.constexpr, groups, M,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """y (CHUNKS, BLOCK_N, BLOCK_M) + the products of 16 weights each, of one group, with x.
 
     Chunks come first in all shapes, because Triton deals the first dimension out to threads.
     """
-    words = data.to(tl.pointer_type(tl.int32), bitcast=True)
-    at = (rows * (row_bytes // 4))[None, :, None] + (chunk * 2)[:, None, None]
-    at += tl.arange(0, 2)[None, None, :]
-    codes = tl.load(words + at, mask=inside[:, None, None], other=0)
-    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-        _FLOATS, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [codes], dtype=_EIGHT_FLOATS, is_pure=True,
-        pack=1,
-    )  # fmt: skip
-    group = rows[None, :] * groups + (chunk // (GROUP // 16))[:, None]
-    scale = tl.load(scales + group, mask=inside[:, None], other=0.0).to(tl.float32)
-    zero = tl.full([1, 1], 128.0 + 8.0, tl.float32)
-    if zeros is not None:
-        zero = 128.0 + tl.load(zeros + group, mask=inside[:, None], other=0).to(tl.float32)
-    column = (chunk // 2 * 32 + chunk % 2 * 8)[:, None] + tl.arange(0, 8)[None, :]
+    a, b, c, d, e, f, g, h = _sixteen_floats(data, rows, chunk, inside, row_bytes, FORMAT)
+    scale, zero = _scale_and_zero(scales, zeros, rows, chunk, inside, groups, FORMAT, GROUP)
+    # Of int4, the low halves of 16 bytes are 16 weights and the high ones the next 16.
+    HIGH: tl.constexpr = 16 if FORMAT == "int4" else 8
+    column = chunk // 2 * 32 + chunk % 2 * 8 if FORMAT == "int4" else chunk * 16
+    column = column[:, None] + tl.arange(0, 8)[None, :]
     for m in tl.static_range(BLOCK_M):
         of_x = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride + column
         low = tl.load(of_x, mask=inside[:, None], other=0.0).to(tl.float32)
-        high = tl.load(of_x + 16, mask=inside[:, None], other=0.0).to(tl.float32)
+        high = tl.load(of_x + HIGH, mask=inside[:, None], other=0.0).to(tl.float32)
         low_1, low_2, low_3, low_4 = _fours(low, CHUNKS)
         high_1, high_2, high_3, high_4 = _fours(high, CHUNKS)
-        sums = a * low_1[:, None, :]
-        sums += b * low_2[:, None, :]
-        sums += c * low_3[:, None, :]
-        sums += d * low_4[:, None, :]
-        sums += e * high_1[:, None, :]
-        sums += f * high_2[:, None, :]
-        sums += g * high_3[:, None, :]
-        sums += h * high_4[:, None, :]
+        sums = a * low_1
+        sums += b * low_2
+        sums += c * low_3
+        sums += d * low_4
+        sums += e * high_1
+        sums += f * high_2
+        sums += g * high_3
+        sums += h * high_4
         of_m = (tl.sum(sums, 2) - zero * tl.sum(low + high, 1)[:, None]) * scale
         if BLOCK_M == 1:
             y += of_m[:, :, None]
@@ -254,7 +301,7 @@ def _add_chunks(
 
 
 @triton.jit
-def vector_packed(
+def vector_words(
     x,
     data,
     scales,
@@ -272,6 +319,7 @@ def vector_packed(
     groups,
     rank,
     k_per_split,
+    FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -298,13 +346,13 @@ def vector_packed(
         chunk = k // 16 + tl.arange(0, CHUNKS)
         inside = tl.full([CHUNKS], 1, tl.int1) if EVEN else chunk * 16 < K
         y = _add_chunks(
-            y, x, x_stride, data, scales, zeros, rows, chunk, inside, row_bytes, groups, M, GROUP,
-            BLOCK_M, CHUNKS,
+            y, x, x_stride, data, scales, zeros, rows, chunk, inside, row_bytes, groups, M, FORMAT,
+            GROUP, BLOCK_M, CHUNKS,
         )  # fmt: skip
         if PAIR:
             up = _add_chunks(
                 up, x, x_stride, data, scales, zeros, rows + OUT, chunk, inside, row_bytes, groups,
-                M, GROUP, BLOCK_M, CHUNKS,
+                M, FORMAT, GROUP, BLOCK_M, CHUNKS,
             )  # fmt: skip
     store_or_part(
         tl.sum(y, 0), tl.sum(up, 0), n, m, M, N, bias, residual, projected, adapter_b, rank, out,
