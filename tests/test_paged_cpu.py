@@ -38,23 +38,27 @@ def _attend(q: torch.Tensor, **arguments: Any) -> torch.Tensor:
     return torch.cat([out, lse.unsqueeze(-1)], -1)
 
 
-@both_arithmetics
-def test_pages_change_no_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "int8")],
+)
+def test_pages_change_no_bit(dtype: torch.dtype, cache: str | None) -> None:
     inputs = Inputs(dtype)
     length = 1501
-    q, cache = inputs.randn(1, 8, DIM), _cache(inputs, 1, length)
+    q, rows = inputs.randn(1, 8, DIM), _cache(inputs, 1, length, cache)
     seqlens = torch.tensor([length], dtype=torch.int32)
     whole = _attend(
-        q, **cache, block_table=torch.zeros(1, 1, dtype=torch.int32), cache_seqlens=seqlens
+        q, **rows, block_table=torch.zeros(1, 1, dtype=torch.int32), cache_seqlens=seqlens
     )
     for page_size in (1, 3, 16, 125):
         order = inputs.permutation(length // page_size + 1)
         paged = {}
-        for name, x in cache.items():
-            padded = torch.full((len(order) * page_size, 2, DIM), math.nan, dtype=dtype)
+        for name, x in rows.items():
+            nothing = math.nan if x.is_floating_point() else 77
+            padded = torch.full((len(order) * page_size, *x.shape[2:]), nothing, dtype=x.dtype)
             padded[:length] = x[0]
-            paged[name] = torch.empty(len(order), page_size, 2, DIM, dtype=dtype)
-            paged[name][order] = padded.view(len(order), page_size, 2, DIM)
+            paged[name] = torch.empty(len(order), page_size, *x.shape[2:], dtype=x.dtype)
+            paged[name][order] = padded.view(len(order), page_size, *x.shape[2:])
         cut = _attend(q, **paged, block_table=order.int()[None], cache_seqlens=seqlens)
         assert torch.equal(cut, whole), page_size
 

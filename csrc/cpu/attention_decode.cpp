@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -25,6 +26,10 @@
 #include "cpu/decode_products.h"
 #include "cpu/decode_weights.h"
 #include "cpu/parallel.h"
+
+#if defined(__AMX_BF16__)
+#include "cpu/decode_tile_products.h"
+#endif
 
 namespace tilewise {
 namespace {
@@ -49,10 +54,11 @@ class Decode {
   Decode(const Attention& a, const Sequence* sequences, int64_t count)
       : a_(a),
         plan_(a, sequences, count),
-        sizes_(a, heads_per_task(a, plan_)),
+        sizes_(a, heads_per_task(a, plan_), Products::near_bytes(a)),
         weights_(a),
         products_(a, sizes_, weights_),
-        partials_(a, plan_, sizes_),
+        memory_(plan_, sizes_, DecodePartials::size(a, plan_, sizes_), a.kv_heads),
+        partials_(a, sizes_, memory_.partials()),
         pending_(new std::atomic<int32_t>[plan_.requests.size() * a.kv_heads]) {
     for (size_t i = 0; i < plan_.requests.size(); ++i) {
       for (int64_t h = 0; h < a.kv_heads; ++h) {
@@ -75,11 +81,12 @@ class Decode {
       const int64_t end = std::min(begin + works_per_task, works);
       const int64_t first = i % head_parts * sizes_.heads;
       const int64_t heads = std::min(sizes_.heads, a_.kv_heads - first);
+      const typename Memory::Part part(memory_);
       std::optional<Buffers> buffers;
       for (int64_t w = begin; w < end; ++w) {
         const Work& work = plan_.works[w];
         const bool has_queries = w > begin && plan_.have_same_rows(plan_.works[w - 1], work);
-        if (!has_queries) buffers.emplace(heads * work.rows, sizes_);
+        if (!has_queries) buffers.emplace(part.data, heads, work.rows, sizes_);
         run_split(work, first, heads, w + 1 < end ? &plan_.works[w + 1] : nullptr, *buffers,
                   has_queries);
         for (int64_t h = first; h < first + heads; ++h) {
@@ -96,6 +103,62 @@ class Decode {
 
  private:
   using Buffers = typename Products::Buffers;
+
+  // All memory of a call at once: what is left of tasks, and buffers for as many as there are threads.
+  // Pieces that every task frees and asks for may go back to the system each time, and a page that comes
+  // back costs up to a microsecond.
+  class Memory {
+   public:
+    // One task's.
+    struct Part {
+      explicit Part(const Memory& all) : data(all.take()), all_(all) {}
+      ~Part() { all_.give(data); }
+      Part(const Part&) = delete;
+      Part& operator=(const Part&) = delete;
+      float* const data;
+
+     private:
+      const Memory& all_;
+    };
+
+    Memory(const DecodePlan& plan, const DecodeSizes& sizes, int64_t partials, int64_t kv_heads) {
+      for (const Work& work : plan.works) {
+        each_ = std::max(each_, Buffers::size(sizes.heads, work.rows, sizes));
+      }
+      each_ = round_up(each_, PAGE);
+      partials = round_up(partials, PAGE);
+      const int64_t most = plan.works.size() * kv_heads, parts = std::min(thread_count(), most);
+      memory_ = make_workspace<float>(partials + parts * each_);
+      for (int64_t i = parts; i-- > 0;) free_.push_back(memory_.get() + partials + i * each_);
+    }
+
+    float* partials() const { return memory_.get(); }
+
+   private:
+    static constexpr int64_t PAGE = 1024;  // floats: threads don't share pages
+
+    // More than were foreseen are rare, and served.
+    float* take() const {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (free_.empty()) {
+        more_.push_back(make_workspace<float>(each_));
+        return more_.back().get();
+      }
+      float* part = free_.back();
+      free_.pop_back();
+      return part;
+    }
+    void give(float* part) const {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      free_.push_back(part);
+    }
+
+    int64_t each_ = 0;
+    Workspace<float> memory_;
+    mutable std::mutex mutex_;
+    mutable std::vector<float*> free_;
+    mutable std::vector<Workspace<float>> more_;
+  };
 
   void run_split(const Work& work, int64_t kv_head, int64_t heads, const Work* upcoming, Buffers& b,
                  bool has_queries) const {
@@ -196,6 +259,7 @@ class Decode {
   const DecodeSizes sizes_;
   const DecodeWeights weights_;
   const Products products_;
+  const Memory memory_;
   const DecodePartials partials_;
   const std::unique_ptr<std::atomic<int32_t>[]> pending_;  // splits of (request, kv head) to do
 };
@@ -203,6 +267,11 @@ class Decode {
 }  // namespace
 
 void attention_decode(const Attention& a, const Sequence* sequences, int64_t count) {
+#if defined(__AMX_BF16__)
+  if (DecodeTileProducts::takes(a)) {
+    return Decode<DecodeTileProducts>(a, sequences, count).run();
+  }
+#endif
 #if defined(__AVX512BF16__)
   if (arithmetic_of(a) == Arithmetic::integers) {
     return Decode<DecodeIntegerProducts>(a, sequences, count).run();

@@ -11,7 +11,7 @@ namespace tilewise {
 constexpr int64_t SCORE_STRIDE = BLOCK + STEP;
 // A tile of keys, and the next one that is being fetched, are in the second-level cache, with room to
 // spare for what else is there.
-constexpr int64_t TILE_BYTES = 64 * 1024;
+constexpr int64_t NEAR_BYTES = 64 * 1024;
 
 static_assert(BLOCK % STEP == 0 && STEP % F32::WIDTH == 0, "nested");
 
@@ -23,7 +23,7 @@ struct DecodeSizes {
   int64_t heads;                       // that a task takes, or fewer
   int64_t tile;  // keys that every head takes before any goes on: BLOCK or a part of it
 
-  DecodeSizes(const Attention& a, int64_t heads_per_task)
+  DecodeSizes(const Attention& a, int64_t heads_per_task, int64_t near_bytes)
       : runs(a.kv_dtype == DType::i4 ? 2 : 1),
         k_size(runs * round_up(a.dim / runs, F32::WIDTH)),
         v_size(runs * round_up(a.v_dim / runs, F32::WIDTH)),
@@ -33,7 +33,7 @@ struct DecodeSizes {
         v_head_bytes(a.v.head_stride * element_size(a.kv_dtype)),
         heads(heads_per_task),
         tile(BLOCK) {
-    while (tile > STEP && tile * heads * std::max(k_bytes, v_bytes) > TILE_BYTES) tile /= 2;
+    while (tile > STEP && tile * heads * std::max(k_bytes, v_bytes) > near_bytes) tile /= 2;
   }
 
   CacheRows keys(const Block& block, int64_t j, int64_t head) const {
@@ -70,20 +70,21 @@ struct DecodeSizes {
   }
 };
 
-// Of `rows` query rows, and whatever `more` floats somebody needs: uninitialised.
+// Of `rows` query rows, in memory that comes from the call: uninitialised. `others` is what is behind.
 struct DecodeBuffers {
-  DecodeBuffers(int64_t rows, const DecodeSizes& sizes, int64_t more)
-      : memory(make_workspace<float>(rows * (sizes.k_size + sizes.v_size + SCORE_STRIDE + 2) +
-                                     more + F32::WIDTH)),
-        queries(memory.get()),
+  DecodeBuffers(float* memory, int64_t rows, const DecodeSizes& sizes)
+      : queries(memory),
         out(queries + rows * sizes.k_size),
         scores(out + rows * sizes.v_size),
-        others(scores + rows * SCORE_STRIDE),
-        maxima(others + more),
-        sums(maxima + rows) {}
+        maxima(scores + rows * SCORE_STRIDE),
+        sums(maxima + rows),
+        others(memory + size(rows, sizes)) {}
 
-  Workspace<float> memory;
-  float *queries, *out, *scores, *others, *maxima, *sums;
+  static int64_t size(int64_t rows, const DecodeSizes& sizes) {
+    return rows * (sizes.k_size + sizes.v_size + SCORE_STRIDE) + round_up(2 * rows, F32::WIDTH);
+  }
+
+  float *queries, *out, *scores, *maxima, *sums, *others;
 };
 
 // The rows of a task: `count` of each head.
@@ -97,6 +98,15 @@ struct TaskRows {
 // Row r of float32 or narrower elements.
 inline char* row_of(float* rows, int64_t r, int64_t size) {
   return reinterpret_cast<char*>(rows + r * size);
+}
+
+// Of some rows' output, and their sums of weights.
+inline bool are_finite(const float* out, int64_t count, const float* sums, int64_t rows) {
+  F32 zeros = F32::zero();
+  for (int64_t i = 0; i < count; i += F32::WIDTH) zeros = fma(load(out + i), F32::zero(), zeros);
+  float sum = reduce_add(zeros);
+  for (int64_t r = 0; r < rows; ++r) sum += sums[r] * 0.0f;
+  return sum == 0.0f;
 }
 
 // Calls f(j, end, h) for each head's keys [j, end) of a block, one tile of keys after the other.

@@ -31,15 +31,23 @@ constexpr IntegerLoops integer_loops() {
 
 class DecodeIntegerProducts {
  public:
+  static int64_t near_bytes(const Attention&) { return NEAR_BYTES; }
+
   struct Buffers : DecodeBuffers {
-    Buffers(int64_t rows, const DecodeSizes& sizes)
-        : DecodeBuffers(rows, sizes, rows * (sizes.v_size + 2) + STEP / 4 * sizes.k_size),
+    Buffers(float* memory, int64_t heads, int64_t count, const DecodeSizes& sizes)
+        : DecodeBuffers(memory, heads * count, sizes),
           integers(reinterpret_cast<int32_t*>(others)),
-          transposed(others + rows * sizes.v_size),
+          transposed(others + heads * count * sizes.v_size),
           factors(transposed + STEP / 4 * sizes.k_size),
-          units(factors + rows) {
-      std::fill(integers, integers + rows * sizes.v_size, 0);
+          units(factors + heads * count) {
+      std::fill(integers, integers + heads * count * sizes.v_size, 0);
     }
+
+    static int64_t size(int64_t heads, int64_t count, const DecodeSizes& sizes) {
+      const int64_t rows = heads * count;
+      return DecodeBuffers::size(rows, sizes) + rows * (sizes.v_size + 2) + STEP / 4 * sizes.k_size;
+    }
+
     int32_t* integers;                     // a block's sums of weights times codes
     float *transposed, *factors, *units;  // keys; of rows, what `out` and `integers` are worth
   };

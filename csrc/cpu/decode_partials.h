@@ -11,16 +11,17 @@ namespace tilewise {
 
 class DecodePartials {
  public:
-  DecodePartials(const Attention& a, const DecodePlan& plan, const DecodeSizes& sizes)
-      : a_(a),
-        runs_(sizes.runs),
-        size_(sizes.v_size),
-        memory_(make_workspace<float>(plan.partials * a.kv_heads * (size_ + 2))) {}
+  DecodePartials(const Attention& a, const DecodeSizes& sizes, float* memory)
+      : a_(a), runs_(sizes.runs), size_(sizes.v_size), memory_(memory) {}
+
+  static int64_t size(const Attention& a, const DecodePlan& plan, const DecodeSizes& sizes) {
+    return plan.partials * a.kv_heads * (sizes.v_size + 2);
+  }
 
   // v_size output sums, then the maximum and the sum of the weights.
   float* at(const Request& r, int64_t kv_head, int64_t split, int64_t row) const {
     const int64_t place = (kv_head * r.splits + split - r.first_split) * r.rows + row;
-    return memory_.get() + (r.partials * a_.kv_heads + place) * (size_ + 2);
+    return memory_ + (r.partials * a_.kv_heads + place) * (size_ + 2);
   }
 
   // The splits of one head's rows, in order, and the sink; then out and lse.
@@ -79,7 +80,7 @@ class DecodePartials {
 
   const Attention& a_;
   const int64_t runs_, size_;
-  const Workspace<float> memory_;  // of (request, kv head, split, row)
+  float* const memory_;  // of (request, kv head, split, row)
 };
 
 }  // namespace tilewise

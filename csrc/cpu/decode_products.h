@@ -15,14 +15,20 @@ namespace tilewise {
 
 class DecodeProducts {
  public:
+  static int64_t near_bytes(const Attention&) { return NEAR_BYTES; }
+
   struct Buffers : DecodeBuffers {
-    Buffers(int64_t rows, const DecodeSizes& sizes)
-        : DecodeBuffers(rows, sizes, STEP * std::max(sizes.k_size, sizes.v_size)) {
+    Buffers(float* memory, int64_t heads, int64_t count, const DecodeSizes& sizes)
+        : DecodeBuffers(memory, heads * count, sizes) {
       for (int64_t j = 0; j < 2 * STEP; ++j) {
         k_tile[j] = others + j % STEP * sizes.k_size;
         v_tile[j] = others + j % STEP * sizes.v_size;
       }
     }
+    static int64_t size(int64_t heads, int64_t count, const DecodeSizes& sizes) {
+      return DecodeBuffers::size(heads * count, sizes) + STEP * std::max(sizes.k_size, sizes.v_size);
+    }
+
     const void *k_tile[2 * STEP], *v_tile[2 * STEP];  // as a block's, each row twice
   };
 
@@ -102,13 +108,7 @@ class DecodeProducts {
   }
 
   bool is_finite(int64_t rows, const Buffers& b) const {
-    F32 zeros = F32::zero();
-    for (int64_t i = 0; i < rows * sizes_.v_size; i += F32::WIDTH) {
-      zeros = fma(load(b.out + i), F32::zero(), zeros);
-    }
-    float sum = reduce_add(zeros);
-    for (int64_t r = 0; r < rows; ++r) sum += b.sums[r] * 0.0f;
-    return sum == 0.0f;
+    return are_finite(b.out, rows * sizes_.v_size, b.sums, rows);
   }
 
   // Row r of b.out in the order of the elements.
