@@ -7,8 +7,7 @@
 //   taskset -c 0 /tmp/amx_engine
 //
 // with -mamx-tile -mamx-bf16 -mamx-int8 in F as well. Figures are medians of 15 runs. The first
-// lines are products from the first-level cache: the ceiling of `tiles`, which is the work of the
-// line without its softmax.
+// lines are products from the first-level cache; what a line has beyond scores and sums is its softmax.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -19,9 +18,9 @@
 #include <random>
 #include <vector>
 
-#include "cpu/attention_engine.h"
 #include "cpu/attention_engine_amx.h"
-#include "cpu/attention_prefill_softmax.h"
+#include "cpu/attention_prefill_lanes.h"
+#include "cpu/tile_product.h"
 #include "cpu/workspace.h"
 
 namespace tilewise {
@@ -68,55 +67,69 @@ void time_product(int64_t depth) {
               flops / seconds * 1e-12);
 }
 
-// One tile of query rows over 4096 keys that are packed already, as attention_prefill.cpp does it.
+// A task's rows over `keys` keys that are packed already, as attention_prefill.cpp does it.
 template <class Engine>
-void time_engine(int64_t dim) {
-  constexpr int64_t BLOCKS = 4096 / Engine::KEY_BLOCK;
-  constexpr int64_t STRIPS = Engine::ROW_BLOCK / Engine::ROW_STRIP;
-  const int64_t out_stride = Engine::out_stride(dim), key_size = Engine::key_size(dim);
-  const int64_t strip_queries = Engine::query_size(dim) / STRIPS;
+void time_engine(int64_t dim, int64_t keys) {
+  const int64_t blocks = keys / Engine::KEY_BLOCK, strips = Engine::ROW_BLOCK / Engine::ROW_STRIP;
+  const int64_t key_size = Engine::key_size(dim), out_size = Engine::ROW_BLOCK * Engine::out_stride(dim);
   const auto queries = random_elements(Engine::query_size(dim));
-  const auto blocks = random_elements(BLOCKS * (key_size + Engine::value_size(dim)));
-  const auto s = make_workspace<float>(Engine::ROW_STRIP * Engine::SCORE_STRIDE);
-  const auto out = make_workspace<float>(Engine::ROW_BLOCK * out_stride);
-  std::vector<RowState> state(Engine::ROW_BLOCK);
-  const float factor = LOG2E / std::sqrt(static_cast<float>(dim));
+  const auto packed = random_elements(blocks * (key_size + Engine::value_size(dim)));
+  const auto out = make_workspace<float>(out_size);
+  std::vector<float> max(Engine::ROW_BLOCK), sum(Engine::ROW_BLOCK);
+  std::vector<uint8_t> flags(Engine::ROW_BLOCK);
+  Attention a{};
+  a.dim = a.v_dim = dim;
+  a.scale = 1 / std::sqrt(static_cast<float>(dim));
+  a.window_left = a.window_right = -1;
+  const Unit unit{{0, 0, Engine::ROW_BLOCK, 0, keys}, 0, 1, 0, blocks};
+  const ScoreOptions options(a);
   const Engine engine(dim, dim);
-  const auto run = [&](bool tiles, bool softmax) {
-    std::fill(state.begin(), state.end(), RowState());
-    std::fill_n(out.get(), Engine::ROW_BLOCK * out_stride, 0.0f);
-    for (int64_t b = 0; b < BLOCKS; ++b) {
-      const BFloat16* keys = blocks.get() + b * (key_size + Engine::value_size(dim));
-      for (int64_t strip = 0; strip < STRIPS; ++strip) {
-        const int64_t first = strip * Engine::ROW_STRIP;
-        float* o = out.get() + first * out_stride;
-        if (tiles) {
-          engine.scores(queries.get() + strip * strip_queries, Engine::ROW_STRIP, keys, 0,
-                        Engine::KEY_BLOCK, s.get());
+  const LaneStrips<Engine> lanes(a, options, engine);
+  const auto scores = make_workspace<float>(Engine::ROW_STRIP * Engine::SCORE_STEP);
+  const auto weights = random_elements(Engine::ROW_STRIP * Engine::KEY_BLOCK);
+  enum Part { SCORES, SUMS, ALL };
+  const auto run = [&](Part part) {
+    std::fill(max.begin(), max.end(), -INFINITY);
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    std::fill_n(out.get(), out_size, 0.0f);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const BFloat16* at = packed.get() + b * (key_size + Engine::value_size(dim));
+      for (int64_t i = 0; i < strips; ++i) {
+        const int64_t row = i * Engine::ROW_STRIP;
+        const BFloat16* q = queries.get() + Engine::query_size(dim) / strips * i;
+        float* o = out.get() + out_size / strips * i;
+        const RowStates states{&max[row], &sum[row], &flags[row]};
+        const Strip<BFloat16> strip{row, row + Engine::ROW_STRIP, q, at, at + key_size, nullptr,
+                                    b * Engine::KEY_BLOCK, 0, Engine::KEY_BLOCK, states, o};
+        if (part == ALL) lanes.attend(unit, strip);
+        for (int j = 0; part == SCORES && j < Engine::KEY_BLOCK; j += Engine::SCORE_STEP) {
+          engine.scores(q, Engine::ROW_STRIP, at, j, j + Engine::SCORE_STEP, scores.get());
         }
-        for (int64_t i = 0; softmax && i < Engine::ROW_STRIP; i += F32::WIDTH) {
-          softmax_rows<BFloat16>(s.get() + i * Engine::SCORE_STRIDE, Engine::SCORE_STRIDE, 0,
-                                 Engine::KEY_BLOCK, factor, &state[first + i], o + i * out_stride,
-                                 out_stride, out_stride);
-        }
-        if (tiles) {
-          engine.accumulate(reinterpret_cast<const BFloat16*>(s.get()), Engine::ROW_STRIP,
-                            keys + key_size, 0, Engine::KEY_BLOCK, o);
+        if (part == SUMS) {
+          engine.accumulate(weights.get(), Engine::ROW_STRIP, at + key_size, 0, Engine::KEY_BLOCK, o);
         }
       }
     }
   };
-  const double both = median_seconds([&] { run(true, true); });
-  const double tiles = median_seconds([&] { run(true, false); });
-  const double flops = 4.0 * Engine::ROW_BLOCK * 4096 * dim;
-  std::printf("dim %3d, strips of %3d x %3d  %6.2f TFLOP/s, tiles %6.2f, softmax %5.1f ns a row\n",
-              static_cast<int>(dim), Engine::ROW_STRIP, Engine::KEY_BLOCK, flops / both * 1e-12,
-              flops / tiles * 1e-12, (both - tiles) / (Engine::ROW_BLOCK * BLOCKS) * 1e9);
+  const double flops = 4.0 * Engine::ROW_BLOCK * keys * dim;
+  const double all = median_seconds([&] { run(ALL); });
+  const double of_scores = median_seconds([&] { run(SCORES); });
+  const double of_sums = median_seconds([&] { run(SUMS); });
+  std::printf("dim %3d, %5d keys, tasks of %3d, strips of %3d x %3d, steps of %3d: %5.2f TFLOP/s; ns for "
+              "16 scores: %5.2f, scores %5.2f, sums %5.2f\n",
+              static_cast<int>(dim), static_cast<int>(keys), Engine::ROW_BLOCK, Engine::ROW_STRIP,
+              Engine::KEY_BLOCK, Engine::SCORE_STEP, flops / all * 1e-12,
+              all / Engine::ROW_BLOCK / keys * 16e9, of_scores / Engine::ROW_BLOCK / keys * 16e9,
+              of_sums / Engine::ROW_BLOCK / keys * 16e9);
 }
 
-template <int STRIP, int KEYS>
+template <int ROWS, int STRIP, int KEYS, int STEP>
 void time_engines() {
-  for (const int64_t dim : {64, 128}) time_engine<AmxEngineOf<STRIP, KEYS>>(dim);
+  for (const int64_t dim : {64, 128}) {
+    for (const int64_t keys : {1024, 8192}) {
+      time_engine<AmxEngineOf<ROWS, STRIP, KEYS, STEP>>(dim, keys);
+    }
+  }
 }
 
 }  // namespace
@@ -129,10 +142,10 @@ int main() {
     return 1;
   }
   for (const int64_t depth : {1, 2, 4, 8}) tilewise::time_product(depth);
-  tilewise::time_engines<32, 128>();
-  tilewise::time_engines<32, 256>();
-  tilewise::time_engines<32, 512>();
-  tilewise::time_engines<64, 128>();
-  tilewise::time_engines<64, 256>();
-  tilewise::time_engines<128, 128>();
+  tilewise::time_engines<256, 32, 128, 64>();
+  tilewise::time_engines<256, 32, 256, 32>();
+  tilewise::time_engines<256, 32, 256, 64>();
+  tilewise::time_engines<256, 32, 256, 128>();
+  tilewise::time_engines<256, 64, 256, 32>();
+  tilewise::time_engines<512, 32, 256, 32>();
 }

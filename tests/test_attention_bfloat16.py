@@ -96,6 +96,30 @@ def test_scores_far_from_zero() -> None:
     _assert_agrees((q * 10, k * 10, v))
 
 
+def _growing(k_len: int, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores that grow with the key, from query to query at another rate, up to 150."""
+    q, k, v = _qkv(70, k_len, 2, 1, dim, 64)
+    rates = torch.rand(1, 70, 2, 1, generator=torch.Generator().manual_seed(0))
+    k += torch.linspace(0, 150 / math.sqrt(dim), k_len)[None, :, None, None]
+    return (q + rates).bfloat16(), k, v
+
+
+def test_scores_that_grow_from_key_to_key() -> None:
+    _assert_agrees(_growing(700))
+    _assert_agrees(_growing(700), window=(300, 0))
+
+
+def test_growing_scores_give_the_same_bits_in_any_company() -> None:
+    q, k, v = _growing(700)
+    options = {"causal": True, "window": (333, 0)}
+    out, lse = _attend(q, k, v, **options)
+    for first, end in ((0, 19), (19, 52), (52, 70)):
+        part = slice(first, end)
+        chunk = _attend(q[:, part], k[:, : 630 + end], v[:, : 630 + end], **options)
+        assert torch.equal(chunk[0], out[:, part])
+        assert torch.equal(chunk[1], lse[:, part])
+
+
 def test_what_nobody_sees_may_be_nan() -> None:
     q, k, v = _qkv(100, 300, 2, 1, 64, 64)
     mask = torch.ones(100, 300, dtype=torch.bool)

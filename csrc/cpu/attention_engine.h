@@ -1,23 +1,22 @@
 // The matrix engine of prefill attention: what multiplies, and how its operands are laid out.
 //
-// The loop over key blocks (attention_prefill.cpp) knows of masks, the online softmax and the
-// sharing of work. It is a template over an engine, which knows of two products: scores of packed
-// queries with packed keys, and weights with packed values. Here is the float32 engine, for every
-// instruction set; an AMX build has one for bfloat16 beside it.
+// attention_prefill.cpp shares the work out and walks over the blocks of keys. It is a template over an
+// engine, which knows how queries, keys and values are packed and multiplied, and over the strips
+// that take rows through one block with it: scores, softmax, sums. Here is the float32 engine, for
+// every instruction set; attention_engine_pairs.h has one for bfloat16. Their strips are rows of
+// scores (attention_prefill_rows.h). On AMX they are turned (attention_prefill_lanes.h).
 //
 // What an engine has:
 //
 //   using Element      what queries, keys and values are packed from and to, float or BFloat16.
 //                      Rows of another type are converted to it first.
-//   using Weight       what the softmax writes for `accumulate`: float or BFloat16. It replaces the
-//                      scores in place: both have SCORE_STRIDE * 4 bytes a row.
-//   ROW_BLOCK          query rows of a task (a row is one query of one head of a group)
-//   ROW_STRIP          divides ROW_BLOCK: rows that go through scores, softmax and accumulate
+//   ROW_BLOCK          most query rows of a task (a row is one query of one head of a group)
+//   LEAST_ROWS         of a task, where smaller ones are wanted for more threads to share
+//   ROW_STRIP          divides both: rows that go through scores, softmax and accumulate
 //                      together, so that their scores stay in the first-level cache
 //   KEY_BLOCK          keys of a block; block b holds keys [b * KEY_BLOCK, (b + 1) * KEY_BLOCK) of
 //                      a sequence, so a row's bits do not depend on which queries come with it
 //   KEY_STEP           divides KEY_BLOCK: ranges of keys below start and end at multiples of it
-//   SCORE_STRIDE       floats from one row of scores to the next, >= KEY_BLOCK
 //
 //   query_size(dim), key_size(dim), value_size(v_dim)
 //                      Elements of ROW_BLOCK packed queries and of KEY_BLOCK packed keys or values,
@@ -28,10 +27,18 @@
 //
 //   Engine(dim, v_dim) made once per task and thread (an AMX engine sets its tiles up here and
 //                      gives them back in its destructor)
-//   pack_queries(rows, count, out)    rows[i] points to `dim` elements, i < count <= ROW_BLOCK
+//   pack_queries(rows, count, out)    rows[i] points to `dim` elements, i < count <= ROW_BLOCK, and
+//                                     to zeros for the others of a strip
 //   pack_keys(rows, count, out)       rows[i] points to `dim` elements. count <= KEY_BLOCK is a
 //   pack_values(rows, count, out)     multiple of KEY_STEP (rows past the sequence's end point to
 //                                     zeros); v_dim elements a row. All finite.
+//
+// and for rows of scores
+//
+//   using Weight       what the softmax writes for `accumulate`: float or BFloat16. It replaces the
+//                      scores in place: both have SCORE_STRIDE * 4 bytes a row.
+//   SCORE_STRIDE       floats from one row of scores to the next, >= KEY_BLOCK
+//
 //   scores(queries, count, keys, begin, end, s)
 //                      s[i * SCORE_STRIDE + j] = queries[i] . keys[j] for i < count <= ROW_STRIP,
 //                      begin <= j < end, which are multiples of KEY_STEP. Rows up to ROW_STRIP may
@@ -57,6 +64,7 @@ class FloatEngine {
   using Element = float;
   using Weight = float;
   static constexpr int ROW_BLOCK = 96;
+  static constexpr int LEAST_ROWS = ROW_BLOCK;
   static constexpr int ROW_STRIP = 24;
   static constexpr int KEY_BLOCK = 256;
   static constexpr int KEY_STEP = PANEL;

@@ -21,6 +21,7 @@ class PairsEngine {
   using Element = BFloat16;
   using Weight = BFloat16;
   static constexpr int ROW_BLOCK = 96;
+  static constexpr int LEAST_ROWS = ROW_BLOCK;
   static constexpr int ROW_STRIP = 12;
   static constexpr int KEY_BLOCK = 512;  // as many bytes as 256 in float32
   static constexpr int KEY_STEP = PANEL;

@@ -18,12 +18,15 @@
 #include "cpu/attention.h"
 #include "cpu/attention_engine.h"
 #include "cpu/attention_prefill_pack.h"
+#include "cpu/attention_prefill_rows.h"
 #include "cpu/attention_prefill_softmax.h"
+#include "cpu/attention_prefill_strip.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
 #if defined(__AMX_BF16__)
 #include "cpu/attention_engine_amx.h"
+#include "cpu/attention_prefill_lanes.h"
 #elif defined(__AVX512F__)
 #include "cpu/attention_engine_pairs.h"
 #endif
@@ -34,13 +37,16 @@ namespace {
 // Packed keys and values live in at most this many bytes. It holds 32k keys of 128 + 128 floats.
 constexpr int64_t WORKSPACE_BYTES = 48 << 20;
 
-template <class Engine>
+// Enough of them for causal tasks, which differ in length, to be shared out evenly.
+constexpr int64_t TASKS_PER_THREAD = 4;
+
+// `Strips` is what knows how scores lie in memory: it takes a strip of rows through one block.
+template <class Engine, class Strips>
 class Prefill {
  public:
   Prefill(const Attention& a, const Sequence* sequences, int64_t count)
       : a_(a),
         options_(a),
-        group_(group_size(a)),
         key_size_(Engine::key_size(a.dim)) {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t h = 0; h < a.kv_heads; ++h) add_unit(sequences[i], h);
@@ -50,6 +56,10 @@ class Prefill {
   // Round by round, as many units as the workspace holds.
   void run() {
     const int64_t capacity = WORKSPACE_BYTES / (block_size() * sizeof(Element));
+    int64_t rows = 0;
+    for (const Unit& unit : units_) rows += unit.rows();
+    most_rows_ = clamp(round_up(rows / (TASKS_PER_THREAD * thread_count()), Engine::ROW_STRIP),
+                       Engine::LEAST_ROWS, Engine::ROW_BLOCK);
     size_t next = 0;
     while (next < units_.size()) {
       const size_t first = next;
@@ -57,7 +67,7 @@ class Prefill {
       for (; next < units_.size(); ++next) {
         Unit& unit = units_[next];
         // Packed blocks are worth keeping if a second tile reads them.
-        const bool kept = unit.rows() > Engine::ROW_BLOCK && unit.blocks() <= capacity;
+        const bool kept = unit.rows() > most_rows_ && unit.blocks() <= capacity;
         if (!kept) continue;
         if (blocks + unit.blocks() > capacity) break;
         unit.packed_at = blocks;
@@ -69,19 +79,6 @@ class Prefill {
 
  private:
   using Element = typename Engine::Element;
-  using Weight = typename Engine::Weight;
-
-  // A key head of a sequence: what shares keys. Its query rows are numbered query by query.
-  struct Unit {
-    Sequence s;
-    int64_t kv_head;
-    int64_t group;
-    int64_t first_block, end_block;  // what its queries see
-    int64_t packed_at = -1;          // in the workspace, or -1: each task packs for itself
-
-    int64_t rows() const { return s.q_len * group; }
-    int64_t blocks() const { return end_block - first_block; }
-  };
 
   struct Tile {
     size_t unit;
@@ -100,9 +97,10 @@ class Prefill {
   // What a task works in.
   struct Scratch {
     Workspace<Element> queries;
-    Workspace<float> scores, out, bias;
-    std::vector<RowState> state;
-    std::vector<uint8_t> bad_query;
+    Workspace<float> out, max, sum;
+    std::vector<uint8_t> flags;
+
+    RowStates states() { return {max.get(), sum.get(), flags.data()}; }
   };
 
   int64_t block_size() const { return key_size_ + Engine::value_size(a_.v_dim); }
@@ -110,15 +108,9 @@ class Prefill {
   void add_unit(const Sequence& s, int64_t kv_head) {
     const int64_t first = visible_keys(a_, s, 0).first;
     const int64_t end = visible_keys(a_, s, s.q_len - 1).end;
-    Unit unit{s, kv_head, group_, first / Engine::KEY_BLOCK, 0};
+    Unit unit{s, kv_head, group_size(a_), first / Engine::KEY_BLOCK, 0};
     unit.end_block = end > first ? (end - 1) / Engine::KEY_BLOCK + 1 : unit.first_block;
     units_.push_back(unit);
-  }
-
-  // The keys that any query of the rows sees.
-  Span visible_to(const Unit& unit, int64_t first_row, int64_t end_row) const {
-    const int64_t first = visible_keys(a_, unit.s, first_row / group_).first;
-    return {first, std::max(first, visible_keys(a_, unit.s, (end_row - 1) / group_).end)};
   }
 
   void run_round(size_t first_unit, size_t end_unit, int64_t blocks) {
@@ -130,11 +122,11 @@ class Prefill {
       if (unit.packed_at >= 0) {
         for (int64_t b = unit.first_block; b < unit.end_block; ++b) packing.emplace_back(u, b);
       }
-      const int64_t count = (unit.rows() + Engine::ROW_BLOCK - 1) / Engine::ROW_BLOCK;
+      const int64_t count = (unit.rows() + most_rows_ - 1) / most_rows_;
       const int64_t rows = round_up((unit.rows() + count - 1) / count, Engine::ROW_STRIP);
       for (int64_t row = 0; row < unit.rows(); row += rows) {
         const int64_t end = std::min(row + rows, unit.rows());
-        const Span keys = visible_to(unit, row, end);
+        const Span keys = unit.visible(a_, row, end);
         tiles.push_back({u, row, end, (end - row) * (keys.end - keys.first)});
       }
     }
@@ -165,101 +157,62 @@ class Prefill {
   void run_tile(const Tile& tile, const Packed& shared) const {
     const Unit& unit = units_[tile.unit];
     const Engine engine(a_.dim, a_.v_dim);
-    Scratch scratch = make_scratch();
+    const Strips strips(a_, options_, engine);
+    Scratch scratch = make_scratch(round_up(tile.end_row - tile.first_row, Engine::ROW_STRIP));
     pack_queries(engine, unit, tile, scratch);
-    const Span keys = visible_to(unit, tile.first_row, tile.end_row);
+    const Span keys = unit.visible(a_, tile.first_row, tile.end_row);
     const int64_t first_block = keys.first / Engine::KEY_BLOCK;
     const int64_t end_block = (keys.end + Engine::KEY_BLOCK - 1) / Engine::KEY_BLOCK;
     if (unit.packed_at >= 0) {
       for (int64_t b = first_block; b < end_block; ++b) {
         const int64_t at = unit.packed_at + b - unit.first_block;
-        run_block(engine, unit, tile, b, shared, at, scratch);
+        run_block(strips, unit, tile, b, shared, at, scratch);
       }
     } else {
       const BlockPacker<Engine> packer(a_);
       Packed own = make_packed(1);
       for (int64_t b = first_block; b < end_block; ++b) {
         pack_block(packer, engine, unit, b, 0, own);
-        run_block(engine, unit, tile, b, own, 0, scratch);
+        run_block(strips, unit, tile, b, own, 0, scratch);
       }
     }
+    strips.finish(scratch.out.get(), tile.end_row - tile.first_row);
     write_results(unit, tile, scratch);
   }
 
-  void run_block(const Engine& engine, const Unit& unit, const Tile& tile, int64_t block,
+  void run_block(const Strips& strips, const Unit& unit, const Tile& tile, int64_t block,
                  const Packed& packed, int64_t at, Scratch& scratch) const {
-    const int64_t first_key = block * Engine::KEY_BLOCK;
-    const Element* keys = packed.blocks.get() + at * block_size();
-    const uint8_t* flags =
-        packed.flagged[at] ? packed.flags.data() + at * Engine::KEY_BLOCK : nullptr;
-    const int64_t out_stride = Engine::out_stride(a_.v_dim);
     const int64_t query_stride = Engine::query_size(a_.dim) / Engine::ROW_BLOCK;
+    Strip<Element> x{};
+    x.keys = packed.blocks.get() + at * block_size();
+    x.values = x.keys + key_size_;
+    x.flags = packed.flagged[at] ? packed.flags.data() + at * Engine::KEY_BLOCK : nullptr;
+    x.first_key = block * Engine::KEY_BLOCK;
     for (int64_t i = tile.first_row; i < tile.end_row; i += Engine::ROW_STRIP) {
-      const int64_t end_row = std::min<int64_t>(i + Engine::ROW_STRIP, tile.end_row);
-      const Span seen = visible_to(unit, i, end_row);
-      const int64_t begin = std::max<int64_t>(seen.first - first_key, 0);
-      const int64_t end = std::min<int64_t>(seen.end - first_key, Engine::KEY_BLOCK);
+      x.first_row = i;
+      x.end_row = std::min<int64_t>(i + Engine::ROW_STRIP, tile.end_row);
+      const Span seen = unit.visible(a_, i, x.end_row);
+      const int64_t begin = std::max<int64_t>(seen.first - x.first_key, 0);
+      const int64_t end = std::min<int64_t>(seen.end - x.first_key, Engine::KEY_BLOCK);
       if (begin >= end) continue;
+      x.begin = static_cast<int>(begin / Engine::KEY_STEP * Engine::KEY_STEP);
+      x.end = static_cast<int>(round_up(end, Engine::KEY_STEP));
       const int64_t at_row = i - tile.first_row;
-      float* out = scratch.out.get() + at_row * out_stride;
-      RowBlock row{};
-      row.first_key = first_key;
-      row.begin = static_cast<int>(begin / Engine::KEY_STEP * Engine::KEY_STEP);
-      row.end = static_cast<int>(round_up(end, Engine::KEY_STEP));
-      row.flags = flags;
-      engine.scores(scratch.queries.get() + at_row * query_stride, end_row - i, keys, row.begin,
-                    row.end, scratch.scores.get());
-      for (int64_t r = i; r < end_row;) {
-        float* s = scratch.scores.get() + (r - i) * Engine::SCORE_STRIDE;
-        RowState* states = &scratch.state[r - tile.first_row];
-        float* sums = out + (r - i) * out_stride;
-#if defined(__AVX512F__)
-        constexpr int TOGETHER = F32::WIDTH;
-        if (r + TOGETHER <= end_row && see_all(unit, r, r + TOGETHER, row) &&
-            softmax_rows<Weight>(s, Engine::SCORE_STRIDE, row.begin, row.end, options_.factor(),
-                                 states, sums, out_stride, out_stride)) {
-          r += TOGETHER;
-          continue;
-        }
-#endif
-        run_row(unit, r, row, s, scratch.bias.get(), *states, sums);
-        ++r;
-      }
-      engine.accumulate(reinterpret_cast<const Weight*>(scratch.scores.get()), end_row - i,
-                        keys + key_size_, row.begin, row.end, out);
+      x.queries = scratch.queries.get() + at_row * query_stride;
+      x.states = scratch.states().from(at_row);
+      x.out = scratch.out.get() + at_row * Engine::out_stride(a_.v_dim);
+      strips.attend(unit, x);
     }
   }
 
-  // Whether all scores of the rows are as they are.
-  bool see_all(const Unit& unit, int64_t first_row, int64_t end_row, const RowBlock& row) const {
-    return options_.plain() && !row.flags &&
-           visible_keys(a_, unit.s, (end_row - 1) / group_).first <= row.first_key + row.begin &&
-           visible_keys(a_, unit.s, first_row / group_).end >= row.first_key + row.end;
-  }
-
-  void run_row(const Unit& unit, int64_t r, RowBlock row, float* s, float* bias, RowState& state,
-               float* out) const {
-    row.query = r / group_;
-    row.head = unit.kv_head * group_ + r % group_;
-    const Span span = visible_keys(a_, unit.s, row.query);
-    row.low = static_cast<int>(clamp(span.first - row.first_key, 0, Engine::KEY_BLOCK));
-    row.high = static_cast<int>(clamp(span.end - row.first_key, 0, Engine::KEY_BLOCK));
-    if (!options_.plain()) options_.apply(s, bias, unit.s, row);
-    if (row.flags) apply_flags(options_, s, bias, row, state);
-    softmax_row<Weight>(s, row, options_.factor(), state, out, Engine::out_stride(a_.v_dim));
-  }
-
-  Scratch make_scratch() const {
-    constexpr int64_t ROWS = Engine::ROW_BLOCK;
-    const int64_t out_size = ROWS * Engine::out_stride(a_.v_dim);
-    Scratch scratch{make_workspace<Element>(Engine::query_size(a_.dim)),
-                    make_workspace<float>(Engine::ROW_STRIP * Engine::SCORE_STRIDE),
-                    make_workspace<float>(out_size),
-                    make_workspace<float>(Engine::KEY_BLOCK),
-                    std::vector<RowState>(ROWS),
-                    std::vector<uint8_t>(ROWS)};
+  Scratch make_scratch(int64_t rows) const {
+    const int64_t out_size = rows * Engine::out_stride(a_.v_dim);
+    Scratch scratch{make_workspace<Element>(Engine::query_size(a_.dim) / Engine::ROW_BLOCK * rows),
+                    make_workspace<float>(out_size), make_workspace<float>(rows),
+                    make_workspace<float>(rows), std::vector<uint8_t>(rows)};
     std::fill_n(scratch.out.get(), out_size, 0.0f);
-    std::fill_n(scratch.bias.get(), Engine::KEY_BLOCK, 0.0f);
+    std::fill_n(scratch.max.get(), rows, -INFINITY);
+    std::fill_n(scratch.sum.get(), rows, 0.0f);
     return scratch;
   }
 
@@ -267,45 +220,49 @@ class Prefill {
                     Scratch& scratch) const {
     const int64_t count = tile.end_row - tile.first_row;
     const int64_t stride = round_up(a_.dim, ALIGNMENT);
-    const auto rows = make_workspace<const Element*>(count);
+    const int64_t room = round_up(count, Engine::ROW_STRIP);
+    const auto rows = make_workspace<const Element*>(room);
     const auto zeros = make_workspace<Element>(stride);
     const auto converted =
         make_workspace<Element>(a_.dtype == DTYPE_OF<Element> ? 0 : count * stride);
     std::memset(static_cast<void*>(zeros.get()), 0, stride * sizeof(Element));
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t query = (tile.first_row + i) / group_;
-      const int64_t head = unit.kv_head * group_ + (tile.first_row + i) % group_;
+      const int64_t query = unit.query(tile.first_row + i), head = unit.head(tile.first_row + i);
       const void* row = static_cast<const char*>(a_.q.data) +
                         offset(a_, a_.q, unit.s, query, head) * element_size(a_.dtype);
       rows[i] = row_as(a_.dtype, row, 1.0f, a_.dim, converted.get() + i * stride);
     }
-    replace_bad_rows(rows.get(), count, a_.dim, zeros.get(), 1, scratch.bad_query.data());
+    replace_bad_rows(rows.get(), count, a_.dim, zeros.get(), BAD_QUERY, scratch.flags.data());
+    std::fill(rows.get() + count, rows.get() + room, zeros.get());
     engine.pack_queries(rows.get(), count, scratch.queries.get());
   }
 
   void write_results(const Unit& unit, const Tile& tile, Scratch& scratch) const {
-    const int64_t stride = Engine::out_stride(a_.v_dim);
     for (int64_t i = 0; i < tile.end_row - tile.first_row; ++i) {
-      const int64_t query = (tile.first_row + i) / group_;
-      const int64_t head = unit.kv_head * group_ + (tile.first_row + i) % group_;
-      const RowState& state = scratch.state[i];
-      // A sink is one more key, without a value.
-      const float sink = a_.sinks ? a_.sinks[head] * LOG2E : -INFINITY;
-      const float max = std::max(state.max, sink);
+      const int64_t query = unit.query(tile.first_row + i), head = unit.head(tile.first_row + i);
+      const float state_max = scratch.max[i];
+      const uint8_t flags = scratch.flags[i];
+      float max = state_max, sum = scratch.sum[i], rescale = 1.0f;
+      if (a_.sinks) {  // one more key, without a value
+        const float sink = a_.sinks[head] * LOG2E;
+        max = std::max(max, sink);
+        if (max != -INFINITY) {
+          rescale = exp2(state_max - max);
+          sum = sum * rescale + exp2(sink - max);
+        }
+      }
       float lse = -INFINITY, factor = 0.0f;
       if (max != -INFINITY) {
-        const float rescale = exp2(state.max - max);
-        const float sum = state.sum * rescale + exp2(sink - max);
         lse = (max + std::log2(sum)) * LN2;
         factor = rescale / sum;
       }
-      const bool sees = state.max != -INFINITY;
-      if (state.saw_bad_key || (scratch.bad_query[i] && sees)) lse = factor = NAN;
-      if (state.saw_bad_value) factor = NAN;
+      const bool sees = state_max != -INFINITY;
+      if ((flags & BAD_KEY) || ((flags & BAD_QUERY) && sees)) lse = factor = NAN;
+      if (flags & BAD_VALUE) factor = NAN;
       a_.lse[lse_offset(a_, unit.s, query, head)] = lse;
       char* to = static_cast<char*>(a_.out.data) +
                  offset(a_, a_.out, unit.s, query, head) * element_size(a_.dtype);
-      const float* from = scratch.out.get() + i * stride;
+      const float* from = Strips::out_row(scratch.out.get(), i, a_.v_dim);
       switch (a_.dtype) {
         case DType::f32: write_row(from, factor, reinterpret_cast<float*>(to)); break;
         case DType::f16: write_row(from, factor, reinterpret_cast<Half*>(to)); break;
@@ -319,27 +276,35 @@ class Prefill {
     constexpr int W = F32::WIDTH;
     const F32 f = F32::all(factor);
     int64_t n = 0;
-    for (; n + W <= a_.v_dim; n += W) store(to + n, load(from + n) * f);
-    if (n < a_.v_dim) store_partial(to + n, load(from + n) * f, static_cast<int>(a_.v_dim - n));
+    const auto sums = [&](int64_t at) {
+      return load(from + at / 16 * Strips::OUT_STEP + at % 16) * f;
+    };
+    for (; n + W <= a_.v_dim; n += W) store(to + n, sums(n));
+    if (n < a_.v_dim) store_partial(to + n, sums(n), static_cast<int>(a_.v_dim - n));
   }
 
   const Attention& a_;
   ScoreOptions options_;
-  int64_t group_;
   int64_t key_size_;
+  int64_t most_rows_ = 0;  // of a task
   std::vector<Unit> units_;
 };
+
+template <class Engine, class Strips = RowStrips<Engine>>
+void run(const Attention& a, const Sequence* sequences, int64_t count) {
+  Prefill<Engine, Strips>(a, sequences, count).run();
+}
 
 }  // namespace
 
 void attention_prefill(const Attention& a, const Sequence* sequences, int64_t count) {
   if (a.heads == 0) return;
 #if defined(__AMX_BF16__)
-  if (AmxEngine::takes(a)) return Prefill<AmxEngine>(a, sequences, count).run();
+  if (AmxEngine::takes(a)) return run<AmxEngine, LaneStrips<AmxEngine>>(a, sequences, count);
 #elif defined(__AVX512F__)
-  if (PairsEngine::takes(a)) return Prefill<PairsEngine>(a, sequences, count).run();
+  if (PairsEngine::takes(a)) return run<PairsEngine>(a, sequences, count);
 #endif
-  Prefill<FloatEngine>(a, sequences, count).run();
+  run<FloatEngine>(a, sequences, count);
 }
 
 }  // namespace tilewise

@@ -13,10 +13,13 @@
 #include "cpu/simd.h"
 #include "cpu/workspace.h"
 
+#if defined(__AVX512F__)
+#include "cpu/bf16_rows.h"
+#endif
+
 namespace tilewise {
 
-enum KeyFlag : uint8_t { BAD_KEY = 1, BAD_VALUE = 2, MISSING = 4 };
-
+enum RowFlag : uint8_t { BAD_KEY = 1, BAD_VALUE = 2, MISSING = 4, BAD_QUERY = 8 };
 
 template <class T>
 constexpr DType DTYPE_OF = std::is_same_v<T, float> ? DType::f32 : DType::bf16;
@@ -40,6 +43,23 @@ inline bool is_finite(const T* const* rows, int64_t count, int64_t n) {
   }
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])) == 0.0f;
 }
+
+#if defined(__AVX512F__)
+
+// One instruction for a vector of pairs.
+inline bool is_finite(const BFloat16* const* rows, int64_t count, int64_t n) {
+  const Pairs zeros{_mm512_setzero_si512()};
+  F32 sums[4] = {F32::zero(), F32::zero(), F32::zero(), F32::zero()};
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < n; i += Pairs::WIDTH) {
+      F32& sum = sums[i / Pairs::WIDTH % 4];
+      sum = fma(Pairs{load_row(rows[r] + i, n - i)}, zeros, sum);
+    }
+  }
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])) == 0.0f;
+}
+
+#endif
 
 // Sets `flag` for rows that are not finite, and puts `zeros` in their place.
 template <class T>
@@ -122,7 +142,7 @@ class BlockPacker {
 
  private:
   void gather(const KeyValues& t, const Sequence& s, int64_t kv_head, int64_t first, int64_t count,
-              int64_t padded, int64_t n, KeyFlag bad, uint8_t* flags) const {
+              int64_t padded, int64_t n, RowFlag bad, uint8_t* flags) const {
     const int64_t bytes = element_size(a_.kv_dtype);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t offset = row_offset(a_, t, s, first + j, kv_head);

@@ -9,10 +9,12 @@
 // it: its bits are the same however the queries are divided.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/attention.h"
 #include "cpu/attention_prefill_pack.h"
+#include "cpu/attention_prefill_strip.h"
 #include "cpu/simd.h"
 
 namespace tilewise {
@@ -24,13 +26,6 @@ struct RowBlock {
   int low, high;           // the keys that causality and window leave: [low, high)
   int begin, end;          // the keys that have scores and need weights
   const uint8_t* flags;    // of the keys, or null if there are none
-};
-
-struct RowState {
-  float max = -INFINITY;  // of the exponents
-  float sum = 0.0f;       // of the weights
-  bool saw_bad_key = false;
-  bool saw_bad_value = false;
 };
 
 // The options that change single scores; the same for all rows of a call.
@@ -92,15 +87,37 @@ class ScoreOptions {
 
 // Hides missing keys and notes bad ones that the row sees. For blocks that have any.
 inline void apply_flags(const ScoreOptions& options, float* s, const float* bias,
-                        const RowBlock& row, RowState& state) {
+                        const RowBlock& row, uint8_t& seen) {
   for (int j = row.low; j < row.high; ++j) {
     if (row.flags[j] & MISSING) {
       s[j] = -INFINITY;
     } else if (row.flags[j] && !options.hides(bias, j)) {
-      state.saw_bad_key |= row.flags[j] & BAD_KEY;
-      state.saw_bad_value |= row.flags[j] & BAD_VALUE;
+      seen |= row.flags[j];
     }
   }
+}
+
+// The i-th row of a strip, against a block of `block` keys.
+template <class Element>
+inline RowBlock row_block(const Attention& a, const Unit& unit, const Strip<Element>& x, int64_t i,
+                          int block) {
+  const int64_t row = x.first_row + i;
+  const Span span = unit.visible(a, row);
+  return {unit.query(row),
+          unit.head(row),
+          x.first_key,
+          static_cast<int>(clamp(span.first - x.first_key, 0, block)),
+          static_cast<int>(clamp(span.end - x.first_key, 0, block)),
+          x.begin,
+          x.end,
+          x.flags};
+}
+
+// Applies options and flags to a row's scores [low, high), in place. Notes the flags of what it sees.
+inline void change_scores(const ScoreOptions& options, const Unit& unit, const RowBlock& row, float* s,
+                          float* bias, uint8_t& seen) {
+  if (!options.plain()) options.apply(s, bias, unit.s, row);
+  if (row.flags) apply_flags(options, s, bias, row, seen);
 }
 
 inline void scale_row(float* x, int64_t n, float factor) {  // n is a multiple of the width
@@ -162,8 +179,8 @@ inline F32 row_weights(float* s, int first, int last, F32 factor, F32 minus_max)
 // [begin, end) into 0; rescales `out`, what the row has summed up so far. `begin` and `end` are
 // multiples of the vector width.
 template <class Weight>
-inline void softmax_row(float* s, const RowBlock& row, float factor, RowState& state, float* out,
-                        int64_t out_width) {
+inline void softmax_row(float* s, const RowBlock& row, float factor, const RowStates& state,
+                        float* out, int64_t out_width) {
   constexpr int W = F32::WIDTH;
   Weight* weights = reinterpret_cast<Weight*>(s);  // behind the scores still to be read
   if (row.low >= row.high) return clear(weights, row.begin, row.end);
@@ -174,17 +191,17 @@ inline void softmax_row(float* s, const RowBlock& row, float factor, RowState& s
   store(s + last, select_below(row.high - last, load(s + last), hidden));
 
   const float block_max = reduce_max(row_maxima(s, first, last)) * factor;
-  if (block_max > state.max) {
-    const float rescale = exp2(state.max - block_max);
-    state.max = block_max;
-    state.sum *= rescale;
+  if (block_max > *state.max) {
+    const float rescale = exp2(*state.max - block_max);
+    *state.max = block_max;
+    *state.sum *= rescale;
     scale_row(out, out_width, rescale);
   }
   // Nothing visible so far: -inf - -inf must not be computed.
-  if (state.max == -INFINITY) return clear(weights, row.begin, row.end);
+  if (*state.max == -INFINITY) return clear(weights, row.begin, row.end);
 
-  state.sum += reduce_add_as_each(
-      row_weights<Weight>(s, first, last, F32::all(factor), F32::all(-state.max)));
+  *state.sum += reduce_add_as_each(
+      row_weights<Weight>(s, first, last, F32::all(factor), F32::all(-*state.max)));
   clear(weights, row.begin, first);
   clear(weights, last + W, row.end);
 }
@@ -195,33 +212,29 @@ inline void softmax_row(float* s, const RowBlock& row, float factor, RowState& s
 // once a row is done for all of them at once, and no row waits for its own maximum. Returns false, with
 // nothing changed, if the maximum of some row is not a number above -inf.
 template <class Weight>
-inline bool softmax_rows(float* s, int64_t stride, int begin, int end, float factor, RowState* states,
-                         float* out, int64_t out_stride, int64_t out_width) {
+inline bool softmax_rows(float* s, int64_t stride, int begin, int end, float factor,
+                         const RowStates& states, float* out, int64_t out_stride,
+                         int64_t out_width) {
   constexpr int W = F32::WIDTH;
   const int last = end - W;
   F32 of_rows[W];
   for (int r = 0; r < W; ++r) of_rows[r] = row_maxima(s + r * stride, begin, last);
   const F32 block_max = reduce_each(of_rows, [](F32 x, F32 y) { return max(x, y); }) * F32::all(factor);
-  alignas(ALIGNMENT) float maxima[W], before[W], rescales[W], sums[W];
+  alignas(ALIGNMENT) float maxima[W], rescales[W], sums[W];
   store(maxima, block_max);
-  bool all_seen = true;
+  if (!std::all_of(maxima, maxima + W, [](float x) { return x > -INFINITY; })) return false;
+  store(rescales, exp2(load(states.max) - block_max));
   for (int r = 0; r < W; ++r) {
-    before[r] = states[r].max;
-    all_seen &= maxima[r] > -INFINITY;
-  }
-  if (!all_seen) return false;
-  store(rescales, exp2(load(before) - block_max));
-  for (int r = 0; r < W; ++r) {
-    if (maxima[r] > before[r]) {
-      states[r].max = maxima[r];
-      states[r].sum *= rescales[r];
+    if (maxima[r] > states.max[r]) {
+      states.max[r] = maxima[r];
+      states.sum[r] *= rescales[r];
       scale_row(out + r * out_stride, out_width, rescales[r]);
     }
     of_rows[r] = row_weights<Weight>(s + r * stride, begin, last, F32::all(factor),
-                                     F32::all(-states[r].max));
+                                     F32::all(-states.max[r]));
   }
   store(sums, reduce_each(of_rows));
-  for (int r = 0; r < W; ++r) states[r].sum += sums[r];
+  for (int r = 0; r < W; ++r) states.sum[r] += sums[r];
   return true;
 }
 

@@ -33,6 +33,14 @@ inline __m512i store_zipped(F32 x, F32 y, void* out) {
   return both;
 }
 
+// The same with halves rounded up, in fewer cycles, of numbers that are not NaN.
+inline void store_zipped_half_up(F32 x, F32 y, void* out) {
+  const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(-65536);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x.v), half), 16);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(y.v), half);
+  _mm512_store_si512(out, _mm512_ternarylogic_epi32(top, high, low, 0xca));  // top ? high : low
+}
+
 inline void store_half(BFloat16* out, __m256i x) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), x);
 }

@@ -64,6 +64,9 @@ inline F32 select_equal(F32 a, F32 b, F32 x, F32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), y.v, x.v);
 }
 
+inline bool any_less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
+inline bool all_less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) == 0xffff; }
+
 // |a| with the sign of b.
 inline F32 copy_sign(F32 a, F32 b) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));

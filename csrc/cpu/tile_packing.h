@@ -64,16 +64,31 @@ inline void pack_tile_pairs(const BFloat16* const* rows, int64_t count, int64_t 
 
 // As A, a row a column of it: tile (i, k) has elements 16 i ... of rows 32 k ..., turned. It follows
 // tile (i, k - 1), and there is room for `room` rows. `count` is a multiple of 32.
+//
+// Zipping leaves 16 pairs of rows in two vectors each, which hold dimensions 0-3, 8-11, 16-19, 24-27
+// and the other ones; turned, each vector is a row of a tile.
 inline void pack_tile_turned(const BFloat16* const* rows, int64_t count, int64_t n, int64_t room,
                              BFloat16* out) {
-  pack_tile_pairs(rows, count, n, room, out);
-  for (int64_t i = 0; i < tile_columns_of(n); ++i) {
-    for (int64_t k = 0; k < count; k += TILE_DEPTH) {
-      float* tile = reinterpret_cast<float*>(out + (i * room + k) * TILE_WIDTH);
-      F32 block[TILE_WIDTH];
-      for (int r = 0; r < TILE_WIDTH; ++r) block[r] = load(tile + r * TILE_WIDTH);
-      transpose(block);
-      for (int r = 0; r < TILE_WIDTH; ++r) store(tile + r * TILE_WIDTH, block[r]);
+  for (int64_t k = 0; k < count; k += TILE_DEPTH) {
+    for (int64_t first = 0; first < n; first += TILE_DEPTH) {
+      F32 low[TILE_HEIGHT], high[TILE_HEIGHT];
+      for (int i = 0; i < TILE_HEIGHT; ++i) {
+        const __m512i even = load_row(rows[k + 2 * i] + first, n - first);
+        const __m512i odd = load_row(rows[k + 2 * i + 1] + first, n - first);
+        low[i] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(even, odd));
+        high[i] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(even, odd));
+      }
+      const auto put = [&](F32(&block)[TILE_HEIGHT], int half) {
+        transpose(block);
+        for (int i = 0; i < TILE_HEIGHT; ++i) {
+          const int64_t dim = first + i / 4 * 8 + half * 4 + i % 4;
+          if (dim >= round_up(n, TILE_HEIGHT)) continue;
+          BFloat16* tile = out + (dim / TILE_HEIGHT * room + k) * TILE_WIDTH;
+          _mm512_store_si512(tile + dim % TILE_HEIGHT * TILE_DEPTH, _mm512_castps_si512(block[i].v));
+        }
+      };
+      put(low, 0);
+      put(high, 1);
     }
   }
 }
