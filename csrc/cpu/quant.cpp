@@ -53,8 +53,8 @@ Workspace<float> low_rank(const QuantizedMatmul& call) {
 
 // With the weight widened to floating-point numbers.
 void multiply_wide(const QuantizedMatmul& call, const Finisher& finish, bool few) {
+  if (!few && multiply_float_tiles(call, finish)) return;
   const Floats x(call, call.rounding, false);
-  if (!few && multiply_float_tiles(call, finish, x.data, x.stride)) return;
   multiply_floats(call, finish, x.data, x.stride);
 }
 
@@ -64,6 +64,15 @@ bool wants_pairs(const QuantizedMatmul& call) {
   const int64_t enough = is_integer(call.weight.format) ? 48 : FEW_ROWS;
   const bool is_bfloat16 = call.x_dtype == DType::bf16 && call.rounding == Rounding::none;
   return is_bfloat16 && call.rows > enough * call.segment_count;
+}
+
+// Whether tiles of bfloat16 multiply int8 activations faster than tiles of bytes, out of which sums have to
+// come at the end of every group: that takes longer than twice the products, of bfloat16, without it.
+// Decoding is cheaper to bytes, so with one tile of rows they are ahead, unless half filled.
+bool prefers_floats(const QuantizedMatmul& call) {
+  const int64_t group = activation_strips(call);
+  if (call.x_dtype != DType::bf16 || group == strips_of(call.weight.depth)) return false;
+  return group == 1 || call.rows > 16 * call.segment_count;
 }
 
 }  // namespace
@@ -88,6 +97,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   const bool is_bytes = is_integer(call.weight.format);
   if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
   const bool is_int8 = call.rounding == Rounding::int8;
+  if (!few && is_int8 && prefers_floats(call) && multiply_float_tiles(call, finish)) return;
   if (!few && is_int8 && multiply_byte_tiles(call, finish)) return;
   if (!few && multiply_fp8_tiles(call, finish)) return;
   if ((few || !HAS_TILES) && multiply_fp8_pairs(call, finish)) return;

@@ -7,9 +7,8 @@
 #pragma once
 
 #include <atomic>
-#include <cfloat>
 
-#include "cpu/quant_activations.h"
+#include "cpu/quant_scales.h"
 #include "cpu/quant_kernels.h"
 
 namespace tilewise {
@@ -42,7 +41,7 @@ class RowBlocks {
       for (int64_t m = task * each; m < std::min(rows_, (task + 1) * each); ++m) {
         load_row(call, m, row.get());
         std::fill_n(row.get() + strips * STRIP, strips % 2 * STRIP, 0.0f);
-        const bool is_normal = find_scales(row.get(), strips, scales.get());
+        const bool is_normal = find_scales(row.get(), strips, shared_, scales.get());
         if (!is_normal && DIGITS > 1) possible = false;
         for (int64_t s = 0; s < strips; s += TOGETHER) {
           split(row.get() + s * STRIP, scales.get() + s, is_normal, m, s,
@@ -60,37 +59,7 @@ class RowBlocks {
 
  private:
   static constexpr int W = F32::WIDTH;
-  static constexpr int64_t TOGETHER = 16;
-  static constexpr float SMALLEST = 0x1p-100f;  // scale whose digits and inverse are normal
-  static_assert(W == TOGETHER && STRIP == 2 * W, "a lane for every strip, and half a strip a vector");
-
-  // The scale of the first digit of every strip, and zeros behind them; NaN where an element is not
-  // finite. False if any is not normal.
-  bool find_scales(const float* x, int64_t strips, float* scales) const {
-    for (int64_t s = 0; s < strips; s += TOGETHER) {
-      F32 most[TOGETHER];
-      for (int i = 0; i < TOGETHER; ++i) {
-        const float* strip = x + (s + i) * STRIP;
-        most[i] = s + i < strips ? max_bits(abs(load(strip)), abs(load(strip + W))) : F32::zero();
-      }
-      store(scales + s, reduce_each(most, max_bits));
-    }
-    for (int64_t first = 0; shared_ > 1 && first < strips; first += shared_) {
-      const int64_t last = std::min(strips, first + shared_);
-      float most = scales[first];
-      for (int64_t s = first + 1; s < last; ++s) {
-        if (!(scales[s] <= most)) most = scales[s] > most || scales[s] != scales[s] ? scales[s] : most;
-      }
-      std::fill(scales + first, scales + last, most);
-    }
-    bool is_normal = true;
-    for (int64_t s = 0; s < round_up(strips, TOGETHER); ++s) {
-      const float most = scales[s];
-      is_normal &= (most == 0) | ((most >= 127 * SMALLEST) & (most <= FLT_MAX));
-      scales[s] = most / 127 + (most - most);
-    }
-    return is_normal;
-  }
+  static constexpr int64_t TOGETHER = SCALES_TOGETHER;
 
   // `count` strips of row m from strip `first` on; x holds an even number of strips, and `scales`
   // TOGETHER.
@@ -142,17 +111,6 @@ class RowBlocks {
     for (int i = 0; i < count; i += BLOCK) {
       fill(last_scales + i, of_strip, of_half, of_both + i, i, *blocks[i / BLOCK]);
     }
-  }
-
-  // x / scale, by one of Newton's steps from the rounded inverse, with a remainder that is exact
-  // (Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, 1990): a
-  // third of the time of a division. Zero if the scale is zero or NaN.
-  static F32 quotient(F32 x, float scale, float inverse, bool is_normal) {
-    if (is_normal) {
-      const F32 near = x * F32::all(inverse);
-      return fma(fma(near, F32::all(-scale), x), F32::all(inverse), near);
-    }
-    return scale > 0 ? x / F32::all(scale) : F32::zero();
   }
 
   // What stands beside the codes of a block.

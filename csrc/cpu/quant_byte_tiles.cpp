@@ -6,8 +6,8 @@
 // can be, is subtracted from the codes already.
 //
 // The block sizes are calculated, not measured.
-#include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
+#include "cpu/quant_scales.h"
 #include "cpu/quant_strips.h"
 
 #if defined(__AMX_BF16__)
@@ -16,29 +16,22 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/tiles.h"
+#include "cpu/quant_tile_block.h"
 
 namespace tilewise {
 namespace {
 
 constexpr int64_t SHARED_PANELS = 8;  // in a pass over x
 constexpr int64_t BYTE_STRIPS = 8;    // decoded at a time, with SHARED_PANELS 32 KB
+constexpr int64_t LONGEST = 256, PAIR = 2;  // decoded at a time of long groups: 256 KB
+constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS, TILE_SUMS = TILE_HEIGHT * PANEL_ROWS;
 constexpr int GROUPS_TOGETHER = 4;    // whose sums wait in the first-level cache: 16 KB
-
-template <bool SIGNED, int C, int A, int B>
-inline void dot() {
-  if constexpr (SIGNED) {
-    tile_dot_i8<C, A, B>();
-  } else {
-    tile_dot_i8_u8<C, A, B>();
-  }
-}
 
 // x as bytes: two strips by two, 64 bytes of each row; and of each group of strips what its scales
 // need. Tiles may begin at any row.
 class ByteTiles {
  public:
-  explicit ByteTiles(const QuantizedMatmul& call) : rows_(call.rows + TILE_HEIGHT - 1) {
+  explicit ByteTiles(const QuantizedMatmul& call) : rows_(tile_rows(call.rows)) {
     const int64_t depth = call.weight.depth, strips = strips_of(depth);
     const int64_t group = activation_strips(call), pairs = (strips + 1) / 2;
     const int64_t groups = (strips + group - 1) / group;
@@ -46,32 +39,45 @@ class ByteTiles {
     scales = make_workspace<float>(groups * rows_);
     totals = make_workspace<float>(groups * rows_);
     sums = make_workspace<int32_t>(groups * rows_);
-    parallel_rows(rows_, strips * STRIP, [&](int64_t m) {
-      const auto row = make_workspace<float>(strips * STRIP);
-      const auto split = make_workspace<SplitStrip<1>>(strips);
-      if (m < call.rows) {
-        load_row(call, m, row.get());
-      } else {
-        std::fill_n(row.get(), strips * STRIP, 0.0f);
-      }
-      split_row<1>(row.get(), depth, group, false, split.get());
-      for (int64_t s = 0; s < 2 * pairs; ++s) {
-        int8_t* to = codes_.get() + (s / 2 * rows_ + m) * TILE_BYTES + s % 2 * STRIP;
-        if (s < strips) {
-          std::memcpy(to, split[s].codes[0], STRIP);
-        } else {
-          std::memset(to, 0, STRIP);
+    parallel_rows(call.rows, strips * STRIP, [&](int64_t m) {
+      constexpr int64_t TOGETHER = SCALES_TOGETHER;
+      const int64_t filled = round_up(strips, TOGETHER);
+      const SmallWorkspace<float, 4096> row(filled * STRIP);
+      const SmallWorkspace<float, 256> scale(filled);
+      load_row(call, m, row.get());
+      std::fill_n(row.get() + strips * STRIP, strips % 2 * STRIP, 0.0f);
+      const bool is_normal = find_scales(row.get(), strips, group, scale.get());
+      int32_t sum = 0;  // of a group
+      for (int64_t first = 0; first < strips; first += TOGETHER) {
+        const int64_t count = std::min(strips - first, TOGETHER);
+        I32 fours[TOGETHER / 2];  // sums of four codes each, two strips in a vector
+        std::fill_n(fours, TOGETHER / 2, I32::zero());
+        for (int64_t i = 0; i < count; i += 2) {
+          F32 code[4];
+          for (int v = 0; v < 4; ++v) {
+            const int64_t s = first + i + v / 2;
+            const float inverse = scale[s] == 0 ? 0 : 1 / scale[s];
+            const F32 x = load(row.get() + (first + i) * STRIP + v * F32::WIDTH);
+            code[v] = round(quotient(x, scale[s], inverse, is_normal));
+            code[v] = min(max(code[v], F32::all(-127)), F32::all(127));
+          }
+          const I32 codes = to_bytes(code);
+          store_int(codes_.get() + ((first + i) / 2 * rows_ + m) * TILE_BYTES, codes);
+          fours[i / 2] = dot_bytes(I32::zero(), I32::all(0x01010101), codes);
         }
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        float total = 0, sum = 0;  // exact: an integer below 2^24
-        for (int64_t s = g * group; s < std::min(strips, (g + 1) * group); ++s) {
-          total += split[s].totals[0];
-          sum += split[s].sums[0][0];
+        I32 halves[2];
+        reduce_halves(fours, halves);
+        int32_t of_strip[TOGETHER];
+        store_int(of_strip, halves[0] + halves[1]);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t s = first + i, at = s / group * rows_ + m;
+          sum += of_strip[i];
+          if ((s + 1) % group != 0 && s + 1 != strips) continue;
+          scales[at] = scale[s];
+          sums[at] = sum;
+          totals[at] = static_cast<float>(sum) * scale[s];
+          sum = 0;
         }
-        scales[g * rows_ + m] = split[g * group].scale;
-        totals[g * rows_ + m] = total;
-        sums[g * rows_ + m] = static_cast<int32_t>(sum);
       }
     });
   }
@@ -94,39 +100,16 @@ struct StripScales {
   F32 scale, zero, shift;
 };
 
-// 16 or 32 rows of x by one or two panels: `steps` tiles deep, added to C where `ADD`. Tile (i, j) of
-// C is at c[i * c_row + j * c_column]. Codes are signed bytes where `SIGNED`.
-template <int ROW_TILES, int PANELS, bool ADD, bool SIGNED>
-void multiply_bytes_in(const int8_t* a, int64_t a_step, const uint8_t* b, int64_t b_panel,
-                       int64_t b_step, int64_t steps, int32_t* c, int64_t c_row, int64_t c_column,
-                       int64_t c_stride) {
-  constexpr int A = 4, B = 6;
-  const int64_t bytes = c_stride * 4;
-  const auto for_c = [&](auto tile_00, auto tile_01, auto tile_10, auto tile_11) {
-    tile_00(c);
-    if constexpr (PANELS == 2) tile_01(c + c_column);
-    if constexpr (ROW_TILES == 2) tile_10(c + c_row);
-    if constexpr (ROW_TILES == 2 && PANELS == 2) tile_11(c + c_row + c_column);
-  };
-  if constexpr (ADD) {
-    for_c([&](int32_t* p) { tile_load<0>(p, bytes); }, [&](int32_t* p) { tile_load<1>(p, bytes); },
-          [&](int32_t* p) { tile_load<2>(p, bytes); }, [&](int32_t* p) { tile_load<3>(p, bytes); });
-  } else {
-    for_c([](int32_t*) { tile_zero<0>(); }, [](int32_t*) { tile_zero<1>(); },
-          [](int32_t*) { tile_zero<2>(); }, [](int32_t*) { tile_zero<3>(); });
-  }
-  for (int64_t k = 0; k < steps; ++k, a += a_step, b += b_step) {
-    tile_load<A>(a, TILE_BYTES);
-    if constexpr (ROW_TILES == 2) tile_load<A + 1>(a + TILE_SIZE, TILE_BYTES);
-    tile_load<B>(b, TILE_BYTES);
-    if constexpr (PANELS == 2) tile_load<B + 1>(b + b_panel, TILE_BYTES);
-    dot<SIGNED, 0, A, B>();
-    if constexpr (PANELS == 2) dot<SIGNED, 1, A, B + 1>();
-    if constexpr (ROW_TILES == 2) dot<SIGNED, 2, A + 1, B>();
-    if constexpr (ROW_TILES == 2 && PANELS == 2) dot<SIGNED, 3, A + 1, B + 1>();
-  }
-  for_c([&](int32_t* p) { tile_store<0>(p, bytes); }, [&](int32_t* p) { tile_store<1>(p, bytes); },
-        [&](int32_t* p) { tile_store<2>(p, bytes); }, [&](int32_t* p) { tile_store<3>(p, bytes); });
+template <bool SIGNED>
+using Products = std::conditional_t<SIGNED, SignedByteProducts, ByteProducts>;
+
+template <class F>
+StripScales scales_of(const Strip& strip) {
+  StripScales kept;
+  kept.scale = strip.scale[0][0];
+  if constexpr (F::HAS_ZERO) kept.zero = strip.zero[0][0];
+  if constexpr (F::HAS_SHIFT) kept.shift = strip.shift[0][0];
+  return kept;
 }
 
 // Adds integer sums of up to 16 rows and one panel, of GROUPS groups and once scaled, to `out`, or
@@ -173,20 +156,68 @@ void put_codes(const Strip& strip, uint8_t* out) {
   }
 }
 
+// One scale a row: sums stay in tiles over the whole depth.
 template <class F, bool SIGNED>
-void multiply_bytes_all(const QuantizedMatmul& call, const Finisher& finish) {
+void multiply_rows(const QuantizedMatmul& call, const Finisher& finish) {
+  const QuantizedWeight& w = call.weight;
+  const int64_t strips = strips_of(w.depth);
+  const int64_t panel_bytes = round_up(std::min(strips, LONGEST), 2) * STRIP_BYTES;
+  const ByteTiles x(call);
+  const CutSegments cut(call, strips * STRIP);
+  for_panels(
+      cut.call, finish, even_shares(cut.call, SHARED_PANELS, PAIR),
+      [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
+        const int64_t rows = segment.end - segment.begin, stride = count * PANEL_ROWS;
+        const auto tiles = make_workspace<uint8_t>(PAIR * panel_bytes);
+        const auto block = make_workspace<int32_t>(round_up(rows, TILE_HEIGHT) * PAIR * PANEL_ROWS);
+        const Tiles on;
+        Strip strip;
+        StripScales scales[PAIR];
+        for (int i = 0; i < count; i += PAIR) {
+          const int pair = static_cast<int>(std::min<int64_t>(count - i, PAIR));
+          for (int64_t first = 0; first < strips; first += LONGEST) {
+            const int64_t deep = std::min(strips - first, LONGEST);
+            for (int p = 0; p < pair; ++p) {
+              for (int64_t s = 0; s < deep; ++s) {
+                decode_strip<F>(w, panels[i + p], first + s, strip);
+                put_codes<F, SIGNED>(strip, tiles.get() + p * panel_bytes + s * STRIP_BYTES);
+              }
+              scales[p] = scales_of<F>(strip);
+            }
+            for (int64_t m = 0; m < rows; m += 2 * TILE_HEIGHT) {
+              multiply_tile_block<Products<SIGNED>>(
+                  rows - m > TILE_HEIGHT ? 2 : 1, pair, (deep + 1) / 2, first > 0,
+                  {reinterpret_cast<const char*>(x.tile(first, segment.begin + m)),
+                   x.rows() * TILE_BYTES, reinterpret_cast<const char*>(tiles.get()), 2 * STRIP_BYTES,
+                   panel_bytes, block.get() + m * PAIR * PANEL_ROWS, PAIR * TILE_SUMS, TILE_SUMS,
+                   PANEL_ROWS});
+            }
+          }
+          for (int64_t m = 0; m < rows; m += TILE_HEIGHT) {
+            const int64_t here = std::min<int64_t>(rows - m, TILE_HEIGHT);
+            for (int p = 0; p < pair; ++p) {
+              scale_tile<F, SIGNED, 1>(block.get() + m * PAIR * PANEL_ROWS + p * TILE_SUMS,
+                                       PANEL_ROWS, 0, here, scales + p, 0, x, 0, segment.begin + m,
+                                       true, sums + m * stride + (i + p) * PANEL_ROWS, stride);
+            }
+          }
+        }
+      });
+}
+
+// Groups of up to BYTE_STRIPS strips.
+template <class F, bool SIGNED>
+void multiply_short_groups(const QuantizedMatmul& call, const Finisher& finish) {
   const QuantizedWeight& w = call.weight;
   const int64_t strips = strips_of(w.depth), group = activation_strips(call);
   const ByteTiles x(call);
-  const bool is_whole = group > BYTE_STRIPS;       // rows: one group, of several passes
   const int64_t step = group == 1 ? 1 : 2;         // strips that a tile is deep
   TileShapes shapes;
   if (step == 1) {
     shapes.row_bytes[4] = shapes.row_bytes[5] = STRIP;
     shapes.rows[6] = shapes.rows[7] = QUADS;
   }
-  constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS, PANEL_BYTES = BYTE_STRIPS * STRIP_BYTES;
-  constexpr int64_t TILE_SUMS = TILE_HEIGHT * PANEL_ROWS;
+  constexpr int64_t PANEL_BYTES = BYTE_STRIPS * STRIP_BYTES;
   constexpr int64_t BLOCK_SUMS = 4 * TILE_SUMS + PANEL_ROWS;  // not a multiple of 4 KB: no two groups alias
 
   for_panels(
@@ -204,10 +235,7 @@ void multiply_bytes_all(const QuantizedMatmul& call, const Finisher& finish) {
             for (int64_t s = 0; s < deep; ++s) {
               decode_strip<F>(w, panels[i], first + s, strip);
               put_codes<F, SIGNED>(strip, tiles.get() + i * PANEL_BYTES + s * STRIP_BYTES);
-              StripScales& kept = scales[i * BYTE_STRIPS + s];
-              kept.scale = strip.scale[0][0];
-              if constexpr (F::HAS_ZERO) kept.zero = strip.zero[0][0];
-              if constexpr (F::HAS_SHIFT) kept.shift = strip.shift[0][0];
+              scales[i * BYTE_STRIPS + s] = scales_of<F>(strip);
             }
           }
           const auto multiply_block = [&](auto row_tiles, auto two_panels, int64_t m, int i) {
@@ -215,28 +243,17 @@ void multiply_bytes_all(const QuantizedMatmul& call, const Finisher& finish) {
             const uint8_t* b = tiles.get() + i * PANEL_BYTES;
             const int64_t row = segment.begin + m;
             float* out = sums + m * stride + i * PANEL_ROWS;
-            const auto run = [&](auto add, int64_t from, int64_t to, int32_t* c, int64_t c_row,
-                                 int64_t c_column, int64_t c_stride) {
-              multiply_bytes_in<R, P, decltype(add)::value, SIGNED>(
-                  x.tile(first + from, row), x.rows() * TILE_BYTES, b + from * STRIP_BYTES,
-                  PANEL_BYTES, step * STRIP_BYTES, (to - from + step - 1) / step, c, c_row, c_column,
-                  c_stride);
-            };
-            if (is_whole) {  // integers in the place of the sums, until the end
-              int32_t* c = reinterpret_cast<int32_t*>(out);
-              const auto run_whole = [&](auto add) {
-                run(add, 0, deep, c, TILE_HEIGHT * stride, PANEL_ROWS, stride);
-              };
-              first == 0 ? run_whole(std::false_type{}) : run_whole(std::true_type{});
-              return;
-            }
             // Several groups, then what their sums add up to: neither waits for the other.
             const auto run_groups = [&](auto groups, int64_t s) {
               constexpr int GROUPS = decltype(groups)::value;
               for (int g = 0; g < GROUPS; ++g) {
                 const int64_t from = s + g * group;
-                run(std::false_type{}, from, std::min(deep, from + group),
-                    block.get() + g * BLOCK_SUMS, 2 * TILE_SUMS, TILE_SUMS, PANEL_ROWS);
+                const int64_t steps = (std::min(deep - from, group) + step - 1) / step;
+                multiply_tiles_in<Products<SIGNED>, R, P>(
+                    steps, false,
+                    {reinterpret_cast<const char*>(x.tile(first + from, row)), x.rows() * TILE_BYTES,
+                     reinterpret_cast<const char*>(b + from * STRIP_BYTES), step * STRIP_BYTES,
+                     PANEL_BYTES, block.get() + g * BLOCK_SUMS, 2 * TILE_SUMS, TILE_SUMS, PANEL_ROWS});
               }
               for (int r = 0; r < R; ++r) {
                 const int64_t here = std::min<int64_t>(rows - m - r * TILE_HEIGHT, TILE_HEIGHT);
@@ -268,17 +285,13 @@ void multiply_bytes_all(const QuantizedMatmul& call, const Finisher& finish) {
             }
           }
         }
-        if (!is_whole) return;
-        for (int64_t m = 0; m < rows; m += TILE_HEIGHT) {
-          const int64_t here = std::min<int64_t>(rows - m, TILE_HEIGHT);
-          for (int i = 0; i < count; ++i) {
-            float* out = sums + m * stride + i * PANEL_ROWS;
-            scale_tile<F, SIGNED, 1>(reinterpret_cast<const int32_t*>(out), stride, 0, here,
-                                     scales.get() + i * BYTE_STRIPS, 0, x, 0, segment.begin + m, true,
-                                     out, stride);
-          }
-        }
       });
+}
+
+template <class F, bool SIGNED>
+void multiply_groups(const QuantizedMatmul& call, const Finisher& finish) {
+  activation_strips(call) > BYTE_STRIPS ? multiply_rows<F, SIGNED>(call, finish)
+                                        : multiply_short_groups<F, SIGNED>(call, finish);
 }
 
 // Whether all codes less their zero points are signed bytes.
@@ -307,9 +320,9 @@ bool multiply_byte_tiles(const QuantizedMatmul& call, const Finisher& finish) {
       // Only a format's own zero points may be anything.
       constexpr bool MAY_BE_FAR = std::is_same_v<F, strips::Int4> || std::is_same_v<F, strips::Int8>;
       if (!MAY_BE_FAR || are_signed(call)) {
-        multiply_bytes_all<F, true>(call, finish);
+        multiply_groups<F, true>(call, finish);
       } else if constexpr (MAY_BE_FAR) {
-        multiply_bytes_all<F, false>(call, finish);
+        multiply_groups<F, false>(call, finish);
       }
       done = true;
     }

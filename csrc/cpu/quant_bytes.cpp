@@ -19,7 +19,8 @@ namespace {
 
 constexpr int W = F32::WIDTH, VECTORS = PANEL_ROWS / W;
 constexpr int CHUNK = 2;                       // strips that are decoded at a time
-constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight where x has few rows: it streams
+// Of the weight where x has few rows, and it streams: long tasks read faster, if there are enough.
+constexpr int64_t LEAST_BYTES = 32 << 10, MOST_BYTES = 128 << 10, ENOUGH_TASKS = 64;
 constexpr int64_t SHARED_PANELS = 8;           // of a task with more rows
 constexpr int64_t AHEAD = 4096;                // bytes from what is decoded to what is asked for
 constexpr int64_t SMALL_DEPTH = 4096;          // rows of x up to here are split on the stack
@@ -203,12 +204,14 @@ __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t pan
 template <class F, int DIGITS>
 bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
   const QuantizedWeight& w = call.weight;
+  const int64_t share = panels_of(w.rows) * w.panel_bytes * call.segment_count / ENOUGH_TASKS;
+  const int64_t task_bytes = std::clamp(share, LEAST_BYTES, MOST_BYTES);
   const SplitRows<DIGITS> x(call, F::GROUPS == 2);
   if (!x.is_possible) return false;
   // With few rows a panel at a time, in the order in which memory holds them.
   const bool few = has_few_rows(call, STREAMED_ROWS);
   for_panels(
-      call, finish, few ? panels_in(call, TASK_BYTES) : SHARED_PANELS,
+      call, finish, few ? panels_in(call, task_bytes) : SHARED_PANELS,
       [&](const Segment& rows, const int64_t* panels, int count, float* sums) {
         const int64_t stride = count * PANEL_ROWS, x_rows = rows.end - rows.begin;
         if (few && x_rows <= PASSES * STREAMED<DIGITS>) {

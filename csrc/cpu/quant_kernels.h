@@ -31,8 +31,7 @@ void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const f
 // On AMX tiles. False, with nothing written, where there are none or they do not fit.
 bool multiply_byte_tiles(const QuantizedMatmul& call, const Finisher& finish);
 bool multiply_fp8_tiles(const QuantizedMatmul& call, const Finisher& finish);
-bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish, const float* x,
-                          int64_t x_stride);
+bool multiply_float_tiles(const QuantizedMatmul& call, const Finisher& finish);
 
 // By widening blocks of the weight to float32; x is (rows, depth).
 void multiply_floats(const QuantizedMatmul& call, const Finisher& finish, const float* x,
@@ -84,12 +83,13 @@ inline int64_t even_shares(const QuantizedMatmul& call, int64_t wanted, int64_t 
   return best;
 }
 
-// The work on all segments, in tasks of up to `each` panels: body(segment, panels, count, sums) writes
-// the products of their rows with the segment's rows of x to sums (rows, count * 16), which are then
-// finished. The panels of a gated weight come in pairs, all first halves before all second ones.
+// The work on all segments, in tasks of up to `each` panels: body(segment, panels, count, done) calls
+// done(begin, end, sums) with the products of rows [begin, end) of x with the task's panels, (rows,
+// count * 16), which are then finished. The panels of a gated weight come in pairs, all first halves
+// before all second ones.
 template <class Body>
-inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
-                       const Body& body) {
+inline void for_panels_by_rows(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
+                               const Body& body) {
   const int64_t outputs = finish.outputs();
   const bool is_paired = finish.is_gated() && outputs % PANEL_ROWS == 0;
   // Where a gated weight's halves do not meet between panels, all products are kept for the end.
@@ -102,7 +102,7 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
 
   parallel_shares(call.segment_count * tasks, [&](int64_t task) {
     const Segment& segment = call.segments[task / tasks];
-    const int64_t rows = segment.end - segment.begin, begin = task % tasks * each;
+    const int64_t begin = task % tasks * each, first = begin * PANEL_ROWS;
     const int64_t before = segment.weight * panels_of(call.weight.rows);
     const int half = static_cast<int>(std::min(all - begin, each));
     const int count = is_paired ? 2 * half : half;
@@ -110,19 +110,16 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
     for (int i = 0; i < count; ++i) {
       panels[i] = before + (i < half ? begin + i : begin + i - half + all);
     }
-    // Whole tiles of rows, for those who write tiles.
-    const SmallWorkspace<float, 4096> sums(round_up(rows, 16) * count * PANEL_ROWS);
-    body(segment, panels.get(), count, sums.get());
-    for (int64_t m = segment.begin; m < segment.end; ++m) {
-      float* y = sums.get() + (m - segment.begin) * count * PANEL_ROWS;
-      const int64_t first = begin * PANEL_ROWS;
-      if (is_kept) {
-        std::copy_n(y, half * PANEL_ROWS, kept.get() + m * kept_stride + first);
-      } else {
-        const int64_t columns = std::min<int64_t>(outputs - first, half * PANEL_ROWS);
-        finish(m, first, static_cast<int>(columns), y, y + half * PANEL_ROWS);
+    body(segment, panels.get(), count, [&](int64_t row, int64_t end, float* sums) {
+      for (float* y = sums; row < end; ++row, y += count * PANEL_ROWS) {
+        if (is_kept) {
+          std::copy_n(y, half * PANEL_ROWS, kept.get() + row * kept_stride + first);
+        } else {
+          const int64_t columns = std::min<int64_t>(outputs - first, half * PANEL_ROWS);
+          finish(row, first, static_cast<int>(columns), y, y + half * PANEL_ROWS);
+        }
       }
-    }
+    });
   });
   if (is_kept) {
     parallel_rows(call.rows, kept_stride, [&](int64_t m) {
@@ -130,6 +127,21 @@ inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int6
       finish(m, 0, static_cast<int>(outputs), y, y + outputs);
     });
   }
+}
+
+// The same with all rows at once: body(segment, panels, count, sums) writes the products.
+template <class Body>
+inline void for_panels(const QuantizedMatmul& call, const Finisher& finish, int64_t each,
+                       const Body& body) {
+  for_panels_by_rows(
+      call, finish, each,
+      [&](const Segment& segment, const int64_t* panels, int count, const auto& done) {
+        // Whole tiles of rows, for those who write tiles.
+        const int64_t rows = round_up(segment.end - segment.begin, 16);
+        const SmallWorkspace<float, 4096> sums(rows * count * PANEL_ROWS);
+        body(segment, panels, count, sums.get());
+        done(segment.begin, segment.end, sums.get());
+      });
 }
 
 }  // namespace tilewise
