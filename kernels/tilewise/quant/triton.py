@@ -200,7 +200,6 @@ def _is_in_words(x: torch.Tensor, weight: QuantizedTensor) -> bool:
         and x.dtype.itemsize == 2
         and weight.shape[1] % 32 == 0
         and weight.data.data_ptr() % 8 == 0
-        and not gpu.INTERPRETED  # which knows no assembly
     )
 
 
@@ -216,6 +215,7 @@ def _is_packed(x: torch.Tensor, weight: QuantizedTensor) -> bool:
         and scales.dtype == torch.float16
         and all(part is None or part.data_ptr() % 8 == 0 for part in (scales, zeros))
         and bool(configs.config(x).packed)
+        and not gpu.INTERPRETED  # which knows no assembly
     )
 
 

@@ -21,6 +21,7 @@ MoE Models into Cloud Scale Production, 2022 (arXiv:2211.10017).
 import triton
 import triton.language as tl
 
+from tilewise.gpu import INTERPRETED
 from tilewise.quant.triton_finish_kernels import place, store_or_part
 
 
@@ -207,13 +208,38 @@ _BYTES = tl.constexpr(
     + "}"
 )
 _FOUR, _EIGHT = (tl.constexpr((tl.float32,) * n) for n in (4, 8))
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _mantissas(words, FLIP: tl.constexpr, ONE: tl.constexpr):
+    """What the assembly makes of four bytes, for the interpreter, which knows none."""
+    a, b, c, d = words & 255, (words >> 8) & 255, (words >> 16) & 255, (words >> 24) & 255
+    a, b, c, d = a ^ FLIP, b ^ FLIP, c ^ FLIP, d ^ FLIP
+    return 128.0 + a * ONE, 128.0 + b * ONE, 128.0 + c * ONE, 128.0 + d * ONE
+
+
+@triton.jit
+def _nibble_floats(words):
+    if _INTERPRETED:
+        a, b, c, d = _mantissas(words & 0x0F0F0F0F, 0, 1.0)
+        e, f, g, h = _mantissas((words >> 4) & 0x0F0F0F0F, 0, 1.0)
+        return a, b, c, d, e, f, g, h
+    else:
+        return tl.inline_asm_elementwise(
+            _NIBBLES, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [words], dtype=_EIGHT, is_pure=True,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def _byte_floats(words):
-    return tl.inline_asm_elementwise(
-        _BYTES, "=&r,=&r,=&r,=&r,r", [words], dtype=_FOUR, is_pure=True, pack=1
-    )
+    if _INTERPRETED:
+        return _mantissas(words, 128, 1 / 256)
+    else:
+        return tl.inline_asm_elementwise(
+            _BYTES, "=&r,=&r,=&r,=&r,r", [words], dtype=_FOUR, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -225,10 +251,7 @@ def _sixteen_floats(data, rows, chunk, inside, row_bytes: tl.constexpr, FORMAT: 
     at += tl.arange(0, 2)[None, None, :]
     first = tl.load(words + at, mask=inside[:, None, None], other=0)
     if FORMAT == "int4":
-        return tl.inline_asm_elementwise(
-            _NIBBLES, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r", [first], dtype=_EIGHT, is_pure=True,
-            pack=1,
-        )  # fmt: skip
+        return _nibble_floats(first)
     else:
         second = tl.load(words + at + 2, mask=inside[:, None, None], other=0)
         return _byte_floats(first) + _byte_floats(second)
