@@ -23,15 +23,15 @@ class DecodeTileProducts {
     return a.block_table && a.page_size % TILE_KEYS ? NEAR_BYTES : 2 * NEAR_BYTES;
   }
 
-  // Where what is in a task's memory, in floats; numbers of tiles are of a head.
+  // Where everything is in a task's memory, in floats; numbers of tiles are a head's.
   struct Layout {
     Layout(int64_t heads, int64_t count, const DecodeSizes& sizes)
         : count(count),
           columns(score_columns(count)),
           rows(value_rows(count)),
-          query_tiles(groups_of(count, TILE_QUERIES) * (sizes.k_size / TILE_ROW)),
-          weight_tiles(groups_of(count, TILE_SUMS) * (BLOCK / TILE_KEYS)),
-          sum_tiles(groups_of(count, TILE_SUMS) * (sizes.v_size / TILE_ROW)) {
+          query_tiles(groups_of(count, SCORE_QUERIES) * (sizes.k_size / TILE_ROW)),
+          weight_tiles(groups_of(count, SUM_QUERIES) * (BLOCK / TILE_KEYS)),
+          sum_tiles(groups_of(count, SUM_QUERIES) * (sizes.v_size / TILE_ROW)) {
       const auto take = [&](int64_t floats) {
         return std::exchange(size, size + round_up(floats, F32::WIDTH));
       };
@@ -88,7 +88,7 @@ class DecodeTileProducts {
 
   void take_query(const char* q, int64_t r, Buffers& b) const {
     const int64_t i = r % b.count;
-    put_query(q, a_.dim, b.columns, queries_of(r / b.count, i, b) + i % TILE_QUERIES);
+    put_query(q, a_.dim, b.columns, queries_of(r / b.count, i, b) + i % SCORE_QUERIES);
   }
 
   // b.scores = queries . keys
@@ -100,7 +100,7 @@ class DecodeTileProducts {
     for_steps(block, rows, b, take, [&](const Step& s) {
       const CacheRows keys = sizes_.keys(block, s.j, s.h);
       Ahead ahead = sizes_.after_keys(block, s.j, s.end, s.h, rows.heads);
-      for (int64_t i = 0; i < rows.count; i += TILE_QUERIES, ahead = sizes_.nothing(keys)) {
+      for (int64_t i = 0; i < rows.count; i += SCORE_QUERIES, ahead = sizes_.nothing(keys)) {
         float* to = b.tile_scores + turns++ % 2 * BLOCK * b.columns;
         for (int64_t t = 0; t < s.tiles; t += TILES_TOGETHER) {
           SCORE_TILES[std::min(s.tiles - t, TILES_TOGETHER) - 1](
@@ -110,7 +110,7 @@ class DecodeTileProducts {
         // What a tile has just stored takes long to be read: the turn before is there.
         turn(last);
         last = {to, b.columns, b.scores + (s.h * rows.count + i) * SCORE_STRIDE + s.j, s.tiles,
-                std::min(rows.count - i, TILE_QUERIES)};
+                std::min(rows.count - i, SCORE_QUERIES)};
       }
     });
     turn(last);
@@ -140,7 +140,7 @@ class DecodeTileProducts {
     for_steps(block, rows, b, take, [&](const Step& s) {
       const CacheRows values = sizes_.values(block, s.j, s.h);
       Ahead ahead = sizes_.after_values(block, s.j, s.end, next, s.h, rows.heads);
-      for (int64_t i = 0; i < rows.count; i += TILE_SUMS, ahead = sizes_.nothing(values)) {
+      for (int64_t i = 0; i < rows.count; i += SUM_QUERIES, ahead = sizes_.nothing(values)) {
         for (int64_t d = 0; d < v_depth_; d += TILES_TOGETHER) {
           ACCUMULATE_TILES[std::min(v_depth_ - d, TILES_TOGETHER) - 1](
               s.rows, s.tiles, d * TILE_BYTES, weights_of(s.h, i, s.j, b), b.rows, ahead,
@@ -189,21 +189,21 @@ class DecodeTileProducts {
 
   // Of row i of head h: where the tiles of its group begin,
   float* queries_of(int64_t h, int64_t i, Buffers& b) const {
-    const int64_t tile = h * b.query_tiles + i / TILE_QUERIES * depth_;
+    const int64_t tile = h * b.query_tiles + i / SCORE_QUERIES * depth_;
     return b.queries + tile * TILE_HEIGHT * b.columns;
   }
 
   // and within them its weights of keys from j on (those of two heads are there at a time)
   static float* weights_of(int64_t h, int64_t i, int64_t j, Buffers& b) {
-    const int64_t group = i / TILE_SUMS * (BLOCK / TILE_KEYS);
+    const int64_t group = i / SUM_QUERIES * (BLOCK / TILE_KEYS);
     const int64_t tile = h % 2 * b.weight_tiles + group + j / TILE_KEYS;
-    return b.weights + tile * b.tile_size() + i % TILE_SUMS * TILE_ROW;
+    return b.weights + tile * b.tile_size() + i % SUM_QUERIES * TILE_ROW;
   }
 
   // and its sums of values from tile d on: two rows of a tile.
   float* sums_of(int64_t h, int64_t i, int64_t d, Buffers& b) const {
-    const int64_t tile = h * b.sum_tiles + i / TILE_SUMS * v_depth_ + d;
-    return b.tile_sums + tile * b.tile_size() + i % TILE_SUMS * TILE_ROW;
+    const int64_t tile = h * b.sum_tiles + i / SUM_QUERIES * v_depth_ + d;
+    return b.tile_sums + tile * b.tile_size() + i % SUM_QUERIES * TILE_ROW;
   }
 
   // One head's keys or values [j, end) of a block.

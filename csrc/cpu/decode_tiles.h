@@ -22,21 +22,23 @@ namespace tilewise {
 
 constexpr int64_t TILE_KEYS = TILE_HEIGHT;
 constexpr int64_t TILE_ROW = TILE_BYTES / sizeof(BFloat16);  // elements
-constexpr int64_t TILE_QUERIES = 16;                         // query rows of a tile of scores
-constexpr int64_t TILE_SUMS = 8;                             // and of sums
+constexpr int64_t SCORE_QUERIES = 16;                        // query rows of a tile of scores
+constexpr int64_t SUM_QUERIES = 8;                           // and of sums
 
 // Columns of the tiles of queries and scores, for `count` query rows, and rows of those of weights and
 // sums: the fewer there are, the less is read and written.
 inline int64_t score_columns(int64_t count) {
-  return std::min<int64_t>(round_up(count, 4), TILE_QUERIES);
+  return std::min<int64_t>(round_up(count, 4), SCORE_QUERIES);
 }
-inline int64_t value_rows(int64_t count) { return 2 * std::min(count, TILE_SUMS); }
+inline int64_t value_rows(int64_t count) { return 2 * std::min(count, SUM_QUERIES); }
 
+// Tiles 0 to 3 are scores, 4 and 5 keys, 6 queries,
 inline TileShapes score_shapes(int64_t columns) {
   TileShapes shapes;
   for (int t : {0, 1, 2, 3, 6}) shapes.row_bytes[t] = static_cast<uint16_t>(4 * columns);
   return shapes;
 }
+// and 0 to 3 sums, 4 weights, 5 and 6 values.
 inline TileShapes value_shapes(int64_t rows) {
   TileShapes shapes;
   for (int t = 0; t < 5; ++t) shapes.rows[t] = static_cast<uint8_t>(rows);
