@@ -20,7 +20,7 @@
 
 #include "cpu/attention_engine_amx.h"
 #include "cpu/attention_prefill_lanes.h"
-#include "cpu/tile_product.h"
+#include "cpu/tile_products.h"
 #include "cpu/workspace.h"
 
 namespace tilewise {
@@ -56,10 +56,10 @@ void time_product(int64_t depth) {
   const Tiles tiles;
   const double seconds = median_seconds([&] {
     for (int64_t i = 0; i < REPEATS; ++i) {
-      TileProduct<2, false>::run(
-          {reinterpret_cast<const char*>(a.get()), TILE_SIZE, depth * TILE_SIZE, TILE_BYTES,
-           reinterpret_cast<const char*>(b.get()), depth * TILE_SIZE, c.get(), (COLUMNS + 1) * 16},
-          depth, COLUMNS);
+      multiply_tiles<Bfloat16Products>(
+          2, COLUMNS, depth, false, {a.get(), depth * TILE_SIZE, TILE_SIZE},
+          {b.get(), TILE_SIZE, depth * TILE_SIZE},
+          tiles_of_rows(c.get(), (COLUMNS + 1) * TILE_WIDTH));
     }
   });
   const double flops = 2.0 * 32 * COLUMNS * 16 * depth * 32 * REPEATS;

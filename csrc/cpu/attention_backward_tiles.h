@@ -15,7 +15,7 @@
 #include "cpu/attention_prefill_pack.h"
 #include "cpu/bf16_rows.h"
 #include "cpu/tile_packing.h"
-#include "cpu/tile_product.h"
+#include "cpu/tile_products.h"
 
 namespace tilewise {
 
@@ -34,13 +34,15 @@ class BackwardTiles : public BackwardRows {
         v_depth_(tile_depth_of(a.v_dim)),
         columns_(tile_columns_of(a.dim)),
         v_columns_(tile_columns_of(a.v_dim)) {
-    const int64_t whole = TILE_ELEMENTS, key_stride = odd_stride(KEY_BLOCK);
+    const int64_t key_stride = odd_stride(KEY_BLOCK);
     elements_ = make_workspace<Element>(
-        whole * (KEY_COLUMNS * (depth_ + v_depth_) + columns_ * KEY_DEPTH +
-                 QUERY_BLOCK / TILE_HEIGHT * (depth_ + v_depth_) +
-                 (columns_ + v_columns_) * QUERY_DEPTH + 3 * KEY_COLUMNS * QUERY_DEPTH));
+        TILE_ELEMENTS * (KEY_COLUMNS * (depth_ + v_depth_) + columns_ * KEY_DEPTH +
+                         QUERY_BLOCK / TILE_HEIGHT * (depth_ + v_depth_) +
+                         (columns_ + v_columns_) * QUERY_DEPTH + 3 * KEY_COLUMNS * QUERY_DEPTH));
     Element* next = elements_.get();
-    const auto take = [&](int64_t tiles) { return std::exchange(next, next + tiles * whole); };
+    const auto take = [&](int64_t tiles) {
+      return std::exchange(next, next + tiles * TILE_ELEMENTS);
+    };
     k_turned_ = take(KEY_COLUMNS * depth_);
     v_turned_ = take(KEY_COLUMNS * v_depth_);
     k_pairs_ = take(columns_ * KEY_DEPTH);
@@ -126,18 +128,18 @@ class BackwardTiles : public BackwardRows {
   }
 
   // The block's share of each gradient: dV = P^T dO, dK = dS^T Q, dQ = dS K. The first two are summed up
-  // until `finish`.
+  // until `finish`. (Why some are not inlined: see multiply_tiles.)
   void grad_v(Matrix, bool) { add_turned(grad_turned_, v_columns_, p_pairs_, grad_v_); }
   void grad_k(Matrix, bool) { add_turned(q_turned_, columns_, ds_pairs_, grad_k_); }
-  void grad_q(Matrix out) const {
+  __attribute__((noinline)) void grad_q(Matrix out) const {
     for (int64_t r = 0, t = 0; r < queries; r += TILE_DEPTH, ++t) {
       const auto [begin, end] = seen_by_[t];
-      multiply_tiles<false>(
-          TILE_DEPTH, (end - begin) / TILE_DEPTH, columns_,
-          {bytes(ds_ + (r / TILE_HEIGHT * KEY_DEPTH + begin / TILE_DEPTH) * TILE_ELEMENTS), TILE_SIZE,
-           KEY_DEPTH * TILE_SIZE, TILE_BYTES,
-           bytes(k_pairs_ + begin / TILE_DEPTH * TILE_ELEMENTS), KEY_DEPTH * TILE_SIZE, out.row(r),
-           out.stride});
+      multiply_tiles<Bfloat16Products>(
+          TILE_DEPTH / TILE_HEIGHT, columns_, (end - begin) / TILE_DEPTH, false,
+          {ds_ + (r / TILE_HEIGHT * KEY_DEPTH + begin / TILE_DEPTH) * TILE_ELEMENTS,
+           KEY_DEPTH * TILE_SIZE, TILE_SIZE},
+          {k_pairs_ + begin * TILE_WIDTH, TILE_SIZE, KEY_DEPTH * TILE_SIZE},
+          tiles_of_rows(out.row(r), out.stride));
     }
   }
 
@@ -151,8 +153,6 @@ class BackwardTiles : public BackwardRows {
   static constexpr int64_t QUERY_DEPTH = QUERY_BLOCK / TILE_DEPTH;
   static_assert(KEY_BLOCK % TILE_DEPTH == 0 && QUERY_BLOCK % TILE_DEPTH == 0, "blocks are whole tiles");
 
-  static const char* bytes(const Element* p) { return reinterpret_cast<const char*>(p); }
-
   const Element* finite_or_zeros(const Element* row, int64_t n) const {
     return is_finite(&row, 1, n) ? row : zeros_.data();
   }
@@ -163,22 +163,23 @@ class BackwardTiles : public BackwardRows {
   }
 
   // 32 rows of scores, of the keys that any of them sees.
-  static void scores(const Element* rows, int64_t depth, int64_t first, const Element* turned,
-                     Range seen, Matrix out) {
-    multiply_tiles<false>(
-        TILE_DEPTH, depth, (seen.end - seen.begin) / TILE_WIDTH,
-        {bytes(rows + first * depth * TILE_DEPTH), TILE_SIZE, depth * TILE_SIZE, TILE_BYTES,
-         bytes(turned + seen.begin * depth * TILE_DEPTH), depth * TILE_SIZE, out.data + seen.begin,
-         out.stride});
+  __attribute__((noinline)) static void scores(const Element* rows, int64_t depth, int64_t first,
+                                               const Element* turned, Range seen, Matrix out) {
+    multiply_tiles<Bfloat16Products>(
+        TILE_DEPTH / TILE_HEIGHT, (seen.end - seen.begin) / TILE_WIDTH, depth, false,
+        {rows + first * depth * TILE_DEPTH, depth * TILE_SIZE, TILE_SIZE},
+        {turned + seen.begin * depth * TILE_DEPTH, TILE_SIZE, depth * TILE_SIZE},
+        tiles_of_rows(out.data + seen.begin, out.stride));
   }
 
   // out += turned rows of queries times pairs of queries.
-  void add_turned(const Element* turned, int64_t columns, const Element* pairs, Matrix out) const {
-    multiply_tiles<true>(
-        columns * TILE_HEIGHT, tile_depth_of(queries), (seen_.end - seen_.begin) / TILE_WIDTH,
-        {bytes(turned), TILE_SIZE, QUERY_DEPTH * TILE_SIZE, TILE_BYTES,
-         bytes(pairs + seen_.begin * QUERY_BLOCK), QUERY_DEPTH * TILE_SIZE, out.data + seen_.begin,
-         out.stride});
+  __attribute__((noinline)) void add_turned(const Element* turned, int64_t columns,
+                                            const Element* pairs, Matrix out) const {
+    multiply_tiles<Bfloat16Products>(
+        columns, (seen_.end - seen_.begin) / TILE_WIDTH, tile_depth_of(queries), true,
+        {turned, QUERY_DEPTH * TILE_SIZE, TILE_SIZE},
+        {pairs + seen_.begin * QUERY_BLOCK, TILE_SIZE, QUERY_DEPTH * TILE_SIZE},
+        tiles_of_rows(out.data + seen_.begin, out.stride));
   }
 
   // Rows r and r + 1 of P and dS, for the keys that any query of the block sees.

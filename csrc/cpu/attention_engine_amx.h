@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "cpu/attention.h"
-#include "cpu/tile_blocks.h"
 #include "cpu/tile_packing.h"
+#include "cpu/tile_products.h"
 
 namespace tilewise {
 
@@ -49,23 +49,30 @@ class AmxEngineOf {
     pack_tile_turned(rows, count, v_dim_, KEY_BLOCK, out);
   }
 
-  // 16 queries have SCORE_STEP lines of 16 scores, from `begin` on, then come the next 16.
-  void scores(const Element* queries, int64_t count, const Element* keys, int64_t begin,
-              int64_t end, float* s) const {
+  // 16 queries have SCORE_STEP lines of 16 scores, from `begin` on, then come the next 16. (Why it
+  // is not inlined: see multiply_tiles.)
+  __attribute__((noinline)) void scores(const Element* queries, int64_t count,
+                                        const Element* keys, int64_t begin, int64_t end,
+                                        float* s) const {
     const int64_t depth = tile_depth_of(dim_);
-    TileBlocks<false>::run({keys + begin * depth * TILE_DEPTH, depth, queries, depth,
-                            s, 1, SCORE_STEP / TILE_HEIGHT},
-                           (end - begin) / TILE_HEIGHT, depth, tile_columns_of(count));
+    multiply_tiles<Bfloat16Products>(
+        (end - begin) / TILE_HEIGHT, tile_columns_of(count), depth, false,
+        {keys + begin * depth * TILE_DEPTH, depth * TILE_SIZE, TILE_SIZE},
+        {queries, TILE_SIZE, depth * TILE_SIZE},
+        {s, TILE_SUMS, SCORE_STEP * TILE_WIDTH});
   }
 
   // 16 queries have KEY_BLOCK / 32 tiles of weights, then come the next 16; so with their sums.
-  void accumulate(const Element* weights, int64_t count, const Element* values, int64_t begin,
-                  int64_t end, float* out) const {
-    constexpr int64_t BLOCK = KEY_BLOCK / TILE_DEPTH;
+  __attribute__((noinline)) void accumulate(const Element* weights, int64_t count,
+                                            const Element* values, int64_t begin, int64_t end,
+                                            float* out) const {
+    constexpr int64_t BLOCK_SIZE = KEY_BLOCK / TILE_DEPTH * TILE_SIZE;
     const int64_t rows = tile_columns_of(v_dim_);  // O^T has a row for each dimension
-    TileBlocks<true>::run({values + begin * TILE_WIDTH, BLOCK, weights + begin * TILE_WIDTH, BLOCK,
-                           out, 1, rows},
-                          rows, (end - begin) / TILE_DEPTH, tile_columns_of(count));
+    multiply_tiles<Bfloat16Products>(
+        rows, tile_columns_of(count), (end - begin) / TILE_DEPTH, true,
+        {values + begin * TILE_WIDTH, BLOCK_SIZE, TILE_SIZE},
+        {weights + begin * TILE_WIDTH, TILE_SIZE, BLOCK_SIZE},
+        {out, TILE_SUMS, rows * TILE_SUMS});
   }
 
  private:

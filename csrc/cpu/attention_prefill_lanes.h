@@ -123,7 +123,7 @@ class LaneStrips {
   // Turns the sums of `count` rows back.
   void finish(float* out, int64_t count) const {
     for (int64_t i = 0; i < tile_columns_of(count) * columns_; ++i) {
-      turn(out + i * TILE_FLOATS, TILE_WIDTH, out + i * TILE_FLOATS, TILE_WIDTH);
+      turn(out + i * TILE_SUMS, TILE_WIDTH, out + i * TILE_SUMS, TILE_WIDTH);
     }
   }
 
@@ -131,11 +131,10 @@ class LaneStrips {
   static const float* out_row(const float* out, int64_t i, int64_t v_dim) {
     return out + (i / TILE_WIDTH * tile_columns_of(v_dim) * TILE_HEIGHT + i % TILE_WIDTH) * TILE_WIDTH;
   }
-  static constexpr int64_t OUT_STEP = TILE_HEIGHT * TILE_WIDTH;
+  static constexpr int64_t OUT_STEP = TILE_SUMS;
 
  private:
   static constexpr int KEYS = Engine::KEY_BLOCK, STEP = Engine::SCORE_STEP;
-  static constexpr int64_t TILE_FLOATS = TILE_HEIGHT * TILE_WIDTH;
   static constexpr int64_t ROW_STRIDE = KEYS + 16;  // not a power of two: sets of the cache
 
   // 16 x 16 floats.
@@ -173,7 +172,7 @@ class LaneStrips {
       const F32 reference = select_less(added, F32::all(LIMIT), before, maxima);
       const F32 rescale = exp2(before - finite_or_zero(reference));
       float* out = x.out + i * columns_ * TILE_WIDTH;
-      for (int64_t n = 0; n < columns_ * TILE_FLOATS; n += F32::WIDTH) {
+      for (int64_t n = 0; n < columns_ * TILE_SUMS; n += F32::WIDTH) {
         store(out + n, load(out + n) * rescale);
       }
       sum = sum * rescale;

@@ -5,7 +5,7 @@
 // each group's end, and scaling them takes longer than the products do. So the zero point, where it
 // can be, is subtracted from the codes already.
 //
-// The block sizes are calculated, not measured.
+// How many groups are scaled at a time is measured, the other block sizes are calculated.
 #include "cpu/quant_kernels.h"
 #include "cpu/quant_scales.h"
 #include "cpu/quant_strips.h"
@@ -16,7 +16,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/quant_tile_block.h"
+#include "cpu/quant_tile_calls.h"
+#include "cpu/tile_products.h"
 
 namespace tilewise {
 namespace {
@@ -24,7 +25,8 @@ namespace {
 constexpr int64_t SHARED_PANELS = 8;  // in a pass over x
 constexpr int64_t BYTE_STRIPS = 8;    // decoded at a time, with SHARED_PANELS 32 KB
 constexpr int64_t LONGEST = 256, PAIR = 2;  // decoded at a time of long groups: 256 KB
-constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS, TILE_SUMS = TILE_HEIGHT * PANEL_ROWS;
+constexpr int64_t STRIP_BYTES = STRIP * PANEL_ROWS;
+constexpr int64_t PANEL_BYTES = BYTE_STRIPS * STRIP_BYTES;
 constexpr int GROUPS_TOGETHER = 4;    // whose sums wait in the first-level cache: 16 KB
 
 // x as bytes: two strips by two, 64 bytes of each row; and of each group of strips what its scales
@@ -58,8 +60,7 @@ class ByteTiles {
             const int64_t s = first + i + v / 2;
             const float inverse = scale[s] == 0 ? 0 : 1 / scale[s];
             const F32 x = load(row.get() + (first + i) * STRIP + v * F32::WIDTH);
-            code[v] = round(quotient(x, scale[s], inverse, is_normal));
-            code[v] = min(max(code[v], F32::all(-127)), F32::all(127));
+            code[v] = int8_code(x, scale[s], inverse, is_normal);
           }
           const I32 codes = to_bytes(code);
           store_int(codes_.get() + ((first + i) / 2 * rows_ + m) * TILE_BYTES, codes);
@@ -156,6 +157,15 @@ void put_codes(const Strip& strip, uint8_t* out) {
   }
 }
 
+// The products of all tiles of rows with up to PAIR panels. Not inlined, see multiply_tiles.
+template <class Products>
+__attribute__((noinline)) void multiply_pair(int64_t rows, int64_t panels, int64_t depth, bool add,
+                                             const int8_t* x, int64_t x_step, const uint8_t* w,
+                                             int64_t panel_bytes, int32_t* sums) {
+  multiply_tiles<Products>(rows, panels, depth, add, {x, TILE_SIZE, x_step},
+                           {w, TILE_SIZE, panel_bytes}, {sums, PAIR * TILE_SUMS, TILE_SUMS});
+}
+
 // One scale a row: sums stay in tiles over the whole depth.
 template <class F, bool SIGNED>
 void multiply_rows(const QuantizedMatmul& call, const Finisher& finish) {
@@ -184,14 +194,10 @@ void multiply_rows(const QuantizedMatmul& call, const Finisher& finish) {
               }
               scales[p] = scales_of<F>(strip);
             }
-            for (int64_t m = 0; m < rows; m += 2 * TILE_HEIGHT) {
-              multiply_tile_block<Products<SIGNED>>(
-                  rows - m > TILE_HEIGHT ? 2 : 1, pair, (deep + 1) / 2, first > 0,
-                  {reinterpret_cast<const char*>(x.tile(first, segment.begin + m)),
-                   x.rows() * TILE_BYTES, reinterpret_cast<const char*>(tiles.get()), 2 * STRIP_BYTES,
-                   panel_bytes, block.get() + m * PAIR * PANEL_ROWS, PAIR * TILE_SUMS, TILE_SUMS,
-                   PANEL_ROWS});
-            }
+            multiply_pair<Products<SIGNED>>((rows + TILE_HEIGHT - 1) / TILE_HEIGHT, pair,
+                                            (deep + 1) / 2, first > 0, x.tile(first, segment.begin),
+                                            x.rows() * TILE_BYTES, tiles.get(), panel_bytes,
+                                            block.get());
           }
           for (int64_t m = 0; m < rows; m += TILE_HEIGHT) {
             const int64_t here = std::min<int64_t>(rows - m, TILE_HEIGHT);
@@ -205,6 +211,14 @@ void multiply_rows(const QuantizedMatmul& call, const Finisher& finish) {
       });
 }
 
+// The products of a group, of one or two tiles of rows with as many panels. Not inlined either.
+template <class Products, int ROWS, int PANELS>
+__attribute__((noinline)) void multiply_group(int64_t depth, const int8_t* x, int64_t x_step,
+                                              const uint8_t* w, int64_t w_step, int32_t* sums) {
+  multiply_tile_block<Products, false, ROWS, PANELS>(
+      depth, {x, TILE_SIZE, x_step}, {w, w_step, PANEL_BYTES}, {sums, 2 * TILE_SUMS, TILE_SUMS});
+}
+
 // Groups of up to BYTE_STRIPS strips.
 template <class F, bool SIGNED>
 void multiply_short_groups(const QuantizedMatmul& call, const Finisher& finish) {
@@ -212,12 +226,6 @@ void multiply_short_groups(const QuantizedMatmul& call, const Finisher& finish) 
   const int64_t strips = strips_of(w.depth), group = activation_strips(call);
   const ByteTiles x(call);
   const int64_t step = group == 1 ? 1 : 2;         // strips that a tile is deep
-  TileShapes shapes;
-  if (step == 1) {
-    shapes.row_bytes[4] = shapes.row_bytes[5] = STRIP;
-    shapes.rows[6] = shapes.rows[7] = QUADS;
-  }
-  constexpr int64_t PANEL_BYTES = BYTE_STRIPS * STRIP_BYTES;
   constexpr int64_t BLOCK_SUMS = 4 * TILE_SUMS + PANEL_ROWS;  // not a multiple of 4 KB: no two groups alias
 
   for_panels(
@@ -227,7 +235,7 @@ void multiply_short_groups(const QuantizedMatmul& call, const Finisher& finish) 
         const auto tiles = make_workspace<uint8_t>(count * PANEL_BYTES);
         const auto scales = make_workspace<StripScales>(count * BYTE_STRIPS);
         const auto block = make_workspace<int32_t>(GROUPS_TOGETHER * BLOCK_SUMS);
-        const Tiles on(shapes);
+        const Tiles on(block_shapes(step * STRIP));
         Strip strip;
         for (int64_t first = 0; first < strips; first += BYTE_STRIPS) {
           const int64_t deep = std::min(strips - first, BYTE_STRIPS);
@@ -249,11 +257,9 @@ void multiply_short_groups(const QuantizedMatmul& call, const Finisher& finish) 
               for (int g = 0; g < GROUPS; ++g) {
                 const int64_t from = s + g * group;
                 const int64_t steps = (std::min(deep - from, group) + step - 1) / step;
-                multiply_tiles_in<Products<SIGNED>, R, P>(
-                    steps, false,
-                    {reinterpret_cast<const char*>(x.tile(first + from, row)), x.rows() * TILE_BYTES,
-                     reinterpret_cast<const char*>(b + from * STRIP_BYTES), step * STRIP_BYTES,
-                     PANEL_BYTES, block.get() + g * BLOCK_SUMS, 2 * TILE_SUMS, TILE_SUMS, PANEL_ROWS});
+                multiply_group<Products<SIGNED>, R, P>(
+                    steps, x.tile(first + from, row), x.rows() * TILE_BYTES, b + from * STRIP_BYTES,
+                    step * STRIP_BYTES, block.get() + g * BLOCK_SUMS);
               }
               for (int r = 0; r < R; ++r) {
                 const int64_t here = std::min<int64_t>(rows - m - r * TILE_HEIGHT, TILE_HEIGHT);
@@ -297,14 +303,7 @@ void multiply_groups(const QuantizedMatmul& call, const Finisher& finish) {
 // Whether all codes less their zero points are signed bytes.
 bool are_signed(const QuantizedMatmul& call) {
   const QuantizedWeight& w = call.weight;
-  if (!w.zeros) return true;
-  if (w.format != Format::int4) return false;
-  const int64_t count = panels_of(w.rows) * w.groups * PANEL_ROWS;
-  for (int64_t i = 0; i < call.segment_count; ++i) {
-    const uint8_t* zeros = w.zeros + call.segments[i].weight * count;
-    if (*std::max_element(zeros, zeros + count) > 128) return false;
-  }
-  return true;
+  return !w.zeros || (w.format == Format::int4 && largest_zero(call) <= 128);
 }
 
 }  // namespace

@@ -25,7 +25,8 @@
 #include <atomic>
 #include <type_traits>
 
-#include "cpu/quant_tile_block.h"
+#include "cpu/quant_tile_calls.h"
+#include "cpu/tile_products.h"
 
 namespace tilewise {
 namespace {
@@ -34,7 +35,7 @@ constexpr int W = F32::WIDTH;
 static_assert(W == PANEL_ROWS, "a row of a tile has the rows of a panel");
 
 constexpr int64_t PAIR = 2;     // panels
-constexpr int64_t DEPTH = 128;  // strips that are decoded at once, and sums stay in tiles
+constexpr int64_t DEPTH = 128;  // strips that are decoded at once; sums stay in tiles over as many
 constexpr int64_t DECODED = 512 << 10;  // bytes of a task's panels in tiles
 
 // x as tiles: strip by strip, 64 bytes of each row. Tiles may begin at any row.
@@ -67,9 +68,8 @@ class FloatTiles {
     is_possible = possible;
   }
 
-  const char* tile(int piece, int64_t strip, int64_t row) const {
-    return reinterpret_cast<const char*>(data_.get() +
-                                         ((piece * strips_ + strip) * rows_ + row) * STRIP);
+  const BFloat16* tile(int piece, int64_t strip, int64_t row) const {
+    return data_.get() + ((piece * strips_ + strip) * rows_ + row) * STRIP;
   }
   int64_t strip_bytes() const { return rows_ * TILE_BYTES; }
 
@@ -89,8 +89,7 @@ void round_to_int8(float* x, int64_t strips, int64_t group_strips) {
     const float scale = scales[s], inverse = scale == 0 ? 0 : 1 / scale;
     for (int i = 0; i < STRIP; i += W) {
       float* at = x + s * STRIP + i;
-      const F32 code = round(quotient(load(at), scale, inverse, is_normal));
-      store(at, min(max(code, F32::all(-127)), F32::all(127)) * F32::all(scale));
+      store(at, int8_code(load(at), scale, inverse, is_normal) * F32::all(scale));
     }
   }
 }
@@ -157,6 +156,15 @@ void strip_to_tile(const Strip& strip, char* out) {
   }
 }
 
+// The products of tiles of rows with panels. Not inlined, see multiply_tiles.
+__attribute__((noinline)) void multiply_panels(int64_t rows, int64_t panels, int64_t depth,
+                                               bool add, const BFloat16* x, int64_t strip_bytes,
+                                               const char* w, int64_t panel_bytes, float* sums,
+                                               int64_t stride) {
+  multiply_tiles<Bfloat16Products>(rows, panels, depth, add, {x, TILE_SIZE, strip_bytes},
+                                   {w, TILE_SIZE, panel_bytes}, tiles_of_rows(sums, stride));
+}
+
 // `x_scales`, of each row, are for activations that are codes, too.
 template <class F, int PIECES, class Read>
 bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, const Read& read,
@@ -198,18 +206,12 @@ bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, con
           for (int64_t m = 0; m < rows; m += 2 * TILE_HEIGHT) {
             const int64_t together = std::min<int64_t>(rows - m, 2 * TILE_HEIGHT);
             const int64_t row = is_whole ? 0 : m * stride;
-            for (int i = 0; i < count; i += PAIR) {
-              const int64_t at = row + i * PANEL_ROWS;
-              for (int j = 0; j < PIECES; ++j) {
-                for (int k = 0; j + k < PIECES; ++k) {
-                  multiply_tile_block<Bfloat16Products>(
-                      together > TILE_HEIGHT ? 2 : 1, std::min(count - i, 2), deep,
-                      first > 0 || j > 0 || k > 1,
-                      {x.tile(j, first, segment.begin + m), x.strip_bytes(),
-                       tiles.get() + i * panel_bytes + k * piece_bytes, TILE_SIZE, panel_bytes,
-                       (j + k > 0 ? small.get() : sums.get()) + at, TILE_HEIGHT * stride,
-                       PANEL_ROWS, stride});
-                }
+            for (int j = 0; j < PIECES; ++j) {
+              for (int k = 0; j + k < PIECES; ++k) {
+                multiply_panels(together > TILE_HEIGHT ? 2 : 1, count, deep,
+                                first > 0 || j > 0 || k > 1, x.tile(j, first, segment.begin + m),
+                                x.strip_bytes(), tiles.get() + k * piece_bytes, panel_bytes,
+                                (j + k > 0 ? small.get() : sums.get()) + row, stride);
               }
             }
             if (first + DEPTH < strips) continue;
@@ -237,14 +239,7 @@ bool multiply_floats_in(const QuantizedMatmul& call, const Finisher& finish, con
 // Whether a zero point is none of the codes, so that weights may be far from zero, all on one side: they
 // can add up to much less than what rounding them changes.
 bool has_far_zeros(const QuantizedMatmul& call) {
-  const QuantizedWeight& w = call.weight;
-  if (w.format != Format::int4 || !w.zeros) return false;
-  const int64_t count = panels_of(w.rows) * w.groups * PANEL_ROWS;
-  for (int64_t i = 0; i < call.segment_count; ++i) {
-    const uint8_t* zeros = w.zeros + call.segments[i].weight * count;
-    if (*std::max_element(zeros, zeros + count) > 15) return true;
-  }
-  return false;
+  return call.weight.format == Format::int4 && largest_zero(call) > 15;
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 namespace tilewise {
 
 constexpr int64_t TILE_DEPTH = 32;  // elements of a row of A: what a product sums over
-constexpr int64_t TILE_WIDTH = 16;  // columns of B and C
 constexpr int64_t TILE_ELEMENTS = TILE_HEIGHT * TILE_DEPTH;
 
 inline int64_t tile_depth_of(int64_t n) { return (n + TILE_DEPTH - 1) / TILE_DEPTH; }

@@ -35,7 +35,9 @@ namespace tilewise {
 
 constexpr int TILE_HEIGHT = 16;  // rows
 constexpr int TILE_BYTES = 64;   // of a row
+constexpr int TILE_WIDTH = 16;   // columns of B and C
 constexpr int TILE_SIZE = TILE_HEIGHT * TILE_BYTES;
+constexpr int TILE_SUMS = TILE_HEIGHT * TILE_WIDTH;  // numbers of C
 
 // What LDTILECFG reads. Unless told otherwise every tile has its full size; a product of an A and a
 // C of fewer rows takes proportionally fewer cycles, by the manual.
