@@ -22,8 +22,9 @@
 //                      Elements of ROW_BLOCK packed queries and of KEY_BLOCK packed keys or values,
 //                      multiples of 64 bytes; buffers are 64-byte aligned. Row i of the queries, a
 //                      multiple of ROW_STRIP, starts at query_size / ROW_BLOCK * i.
-//   out_stride(v_dim)  floats from one row of the output sums to the next; the buffer has ROW_BLOCK
-//                      rows and is 64-byte aligned
+//   out_stride(v_dim)  floats that the output sums of a row take. Those of row i, a multiple of
+//                      ROW_STRIP, start at out_stride * i, as any row does where scores are rows; the
+//                      buffer has ROW_BLOCK rows and is 64-byte aligned
 //
 //   Engine(dim, v_dim) made once per task and thread (an AMX engine sets its tiles up here and
 //                      gives them back in its destructor)
