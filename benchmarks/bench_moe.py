@@ -1,6 +1,6 @@
 """Mixture-of-experts layers."""
 
-OPERATIONS = ("moe",)
+OPERATIONS = ("moe", "router_logits")
 
 
 def bench_moe(run, workload, backend):

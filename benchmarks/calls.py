@@ -289,6 +289,16 @@ def experts(tokens: int, *, dim: int, ffn_dim: int, count: int, top_k: int) -> M
     return make
 
 
+def routed(tokens: int, *, dim: int, count: int, **others: int) -> Make:
+    """The router of such a layer; `others` are what it does not need to know."""
+
+    def make(inputs: Inputs) -> dict[str, Any]:
+        weight = inputs.randn(count, dim, scale=dim**-0.5)
+        return {"x": inputs.randn(tokens, dim), "weight": weight}
+
+    return make
+
+
 # --- fused small operations -----------------------------------------------------------------------
 
 

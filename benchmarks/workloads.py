@@ -29,6 +29,7 @@ from tilewise.benchmarks.calls import (
     quantized,
     ragged_prefill,
     rotary,
+    routed,
     sampling,
     written_caches,
 )
@@ -127,6 +128,8 @@ def _on_cpu(dtype: torch.dtype) -> list[Workload]:
         workload("sample", "Llama-3-8B batch 2, top-p", sampling(LLAMA3, 2, top_p=0.9)),
         workload("moe", "Granite-1B prefill 64", experts(64, **GRANITE_MOE)),
         workload("moe", "Granite-1B decode", experts(1, **GRANITE_MOE)),
+        workload("router_logits", "Granite-1B prefill 64", routed(64, **GRANITE_MOE)),
+        workload("router_logits", "Granite-1B decode", routed(1, **GRANITE_MOE)),
     ]
 
 

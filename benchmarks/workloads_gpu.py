@@ -24,6 +24,7 @@ from tilewise.benchmarks.calls import (
     quantized,
     ragged_prefill,
     rotary,
+    routed,
     sampling,
     shared_prefix_decode,
     written_caches,
@@ -184,4 +185,6 @@ def on_gpu(dtype: torch.dtype) -> list[Workload]:
         workload("sample", "Llama-3-8B batch 64, top-p", sampling(LLAMA3, 64, top_p=0.9)),
         workload("moe", "OLMoE-1B-7B prefill 2048", experts(2048, **OLMOE)),
         workload("moe", "OLMoE-1B-7B decode", experts(1, **OLMOE)),
+        workload("router_logits", "OLMoE-1B-7B prefill 2048", routed(2048, **OLMOE)),
+        workload("router_logits", "OLMoE-1B-7B decode", routed(1, **OLMOE)),
     ]

@@ -1,4 +1,4 @@
-// Bindings of the mixture of experts, and of the products that its gradient is made of.
+// Bindings of the mixture of experts and its router, and of the products that gradients are made of.
 #include "cpu/moe.h"
 #include "ops_cpu_graph.h"
 #include "ops_cpu_quant.h"
@@ -48,15 +48,28 @@ void moe_op(Tensor x, Tensor logits, int64_t hidden, int64_t gate_up_format,
   moe(call);
 }
 
-// out = x weight^T, float32 and contiguous.
-void linear_op(Tensor x, Tensor weight, Tensor out) {
+// out = x weight^T; the weight and out are contiguous.
+QuantizedMatmul plain_product(const Tensor& x, const Tensor& weight, const Tensor& out) {
   QuantizedMatmul call{};
+  call.dtype = dtype_of(out);
+  call.x_dtype = dtype_of(x);
   call.rows = x.size(0);
   call.x = x.data_ptr();
-  call.x_stride = x.size(1);
+  call.x_stride = x.stride(0);
   call.weight = describe_plain(weight);
   call.out = out.data_ptr();
-  quantized_matmul(call);
+  return call;
+}
+
+void linear_op(Tensor x, Tensor weight, Tensor out) {
+  quantized_matmul(plain_product(x, weight, out));
+}
+
+void router_logits_op(Tensor x, Tensor weight, Tensor out) {
+  const QuantizedMatmul call = plain_product(x, weight, out);
+  const Upcoming reads{static_cast<const char*>(weight.data_ptr()),
+                       weight.numel() * element_size(dtype_of(weight))};
+  run_kernel<&router_logits>(call, reads, x, weight, out);
 }
 
 }  // namespace
@@ -69,9 +82,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "int down_group_size, Tensor down_data, Tensor? down_scales, Tensor? down_zeros, int top_k, "
       "bool normalize, Tensor(a!) out) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("router_logits(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("moe", TORCH_BOX(&tilewise::Recorded<&tilewise::moe_op>::call));
   m.impl("linear", TORCH_BOX(&tilewise::Recorded<&tilewise::linear_op>::call));
+  m.impl("router_logits", TORCH_BOX(&tilewise::router_logits_op));
 }

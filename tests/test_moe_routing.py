@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tilewise
-from tilewise import dispatch
+from tilewise import dispatch, native
 from tilewise.quant.formats import QuantizedTensor
 from tilewise.quant.quantizer import quantize
 from tilewise.testing import Inputs, assert_agrees, to_float64
@@ -224,4 +224,78 @@ def _quantized(experts, rows, columns):
 def test_names_the_bad_argument(change, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         tilewise.moe(**_arguments() | change)
+    assert str(caught.value) == message
+
+
+# --- the router -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch", "auto"])
+def test_logits_are_not_rounded_to_what_they_are_computed_from(backend):
+    """Two experts that bfloat16 cannot tell apart; the first one would be taken."""
+    x = torch.ones(1, 512, dtype=torch.bfloat16)
+    weight = torch.ones(2, 512, dtype=torch.bfloat16)
+    weight[1, 0] = 1.5
+    logits = tilewise.router_logits(x, weight, backend=backend)
+    assert logits.dtype == torch.float32
+    assert logits.tolist() == [[512.0, 512.5]]
+    wide = tilewise.router_logits(x.double(), weight, backend=backend)
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.skipif(native.why_not_cpu() is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_who_else_is_in_the_batch_does_not_matter(dtype, weight_dtype):
+    inputs = Inputs(dtype)
+    x, weight = inputs.randn(70, 333), inputs.randn(20, 333, dtype=weight_dtype)
+    together = tilewise.router_logits(x, weight, backend="cpu")
+    for begin, end in ((0, 1), (69, 70), (2, 4), (5, 8), (1, 18), (30, 70)):
+        alone = tilewise.router_logits(x[begin:end], weight, backend="cpu")
+        assert torch.equal(together[begin:end], alone)
+
+
+def test_a_nan_stays_with_its_token_and_its_expert():
+    x, weight = Inputs().randn(6, 40), Inputs(seed=1).randn(5, 40)
+    x[2, 7] = math.nan
+    weight[3, 1] = math.inf
+    is_finite = tilewise.router_logits(x, weight).isfinite()
+    expected = torch.ones(6, 5, dtype=torch.bool)
+    expected[2], expected[:, 3] = False, False
+    assert torch.equal(is_finite, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "x: must be a torch.Tensor, got NoneType"),
+        ({"x": torch.ones(1, 5, 16)}, "x: shape must be (tokens, dim), got (1, 5, 16)"),
+        (
+            {"x": torch.ones(5, 16).long()},
+            "x: dtype must be float32 or float16 or bfloat16 or float64, got int64",
+        ),
+        ({"weight": [1.0]}, "weight: must be a torch.Tensor, got list"),
+        ({"weight": torch.ones(16)}, "weight: shape must be (experts, dim), got (16,)"),
+        (
+            {"weight": torch.ones(4, 15)},
+            "weight: shape must be (4, 16) (experts, x's dim), got (4, 15)",
+        ),
+        (
+            {"weight": torch.ones(4, 16).int()},
+            "weight: dtype must be float32 or float16 or bfloat16 or float64, got int32",
+        ),
+        (
+            {"weight": torch.ones(4, 16, device="meta")},
+            "weight: must be on the device of x (cpu), got meta",
+        ),
+        (
+            {"weight": torch.tensor([[1.0] * 16, [math.nan] * 16]), "validate": True},
+            "weight: row 1 holds a number that is not finite",
+        ),
+    ],
+)
+def test_the_router_names_the_bad_argument(change, message):
+    arguments = {"x": torch.ones(5, 16), "weight": torch.ones(4, 16)}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        tilewise.router_logits(**arguments | change)
     assert str(caught.value) == message

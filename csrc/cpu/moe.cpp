@@ -9,6 +9,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/quant_activations.h"
+#include "cpu/quant_kernels.h"
 #include "cpu/rows.h"
 #include "cpu/workspace.h"
 
@@ -136,6 +137,19 @@ void moe(const Moe& call) {
     case DType::f16: return add_up<Half>(call, routes, outer.get());
     default: return add_up<BFloat16>(call, routes, outer.get());
   }
+}
+
+// In segments of few rows: products with many add up in another order, and who else is in a batch
+// must not send a token to other experts.
+void router_logits(const QuantizedMatmul& call) {
+  std::vector<Segment> segments;
+  for (int64_t m = 0; m < call.rows; m += FEW_ROWS) {
+    segments.push_back({0, m, std::min(m + FEW_ROWS, call.rows)});
+  }
+  QuantizedMatmul product = call;
+  product.segments = segments.data();
+  product.segment_count = static_cast<int64_t>(segments.size());
+  quantized_matmul(product);
 }
 
 }  // namespace tilewise

@@ -20,4 +20,7 @@ struct Moe {
 
 void moe(const Moe& call);
 
+// A product with one plain weight, of which a row of the result depends on its row of x alone.
+void router_logits(const QuantizedMatmul& call);
+
 }  // namespace tilewise

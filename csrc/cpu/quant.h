@@ -20,7 +20,7 @@ enum class Format : int32_t {
   int8, int4, nf4, fp8, mxfp4,
   q4_0, q4_1, q5_0, q5_1, q8_0,
   q2_k, q3_k, q4_k, q5_k, q6_k,
-  plain_f32, plain_f16, plain_bf16,  // of experts alone: rows of numbers, no panels
+  plain_f32, plain_f16, plain_bf16,  // of experts and routers alone: rows of numbers, no panels
 };
 
 constexpr int PANEL_ROWS = 16;

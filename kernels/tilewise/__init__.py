@@ -30,7 +30,7 @@ from tilewise.fused import (
     sample,
     swiglu,
 )
-from tilewise.moe import moe
+from tilewise.moe import moe, router_logits
 from tilewise.paged import OutOfPages, PagedKVCache, append_kv, paged_attention
 from tilewise.quant import (
     QuantizedTensor,
@@ -73,6 +73,7 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "rotary_tables",
+    "router_logits",
     "sample",
     "scaled_dot_product_attention",
     "swiglu",

@@ -9,9 +9,10 @@ import torch
 from tilewise import checks, gpu
 from tilewise.dispatch import Cost, Impl, Op
 from tilewise.moe import autograd, baseline, naive, native, triton
+from tilewise.moe.router import router_logits
 from tilewise.quant.formats import QuantizedTensor
 
-__all__ = ["moe"]
+__all__ = ["moe", "router_logits"]
 
 
 def _check_weight(
@@ -125,7 +126,8 @@ def moe(
 
     Args:
         x: (tokens, dim), floating point.
-        router_logits: (tokens, experts), any floating dtype. A NaN makes its token NaN.
+        router_logits: (tokens, experts), any floating dtype; see `router_logits`. A NaN makes its
+            token NaN.
         w_gate_up: (experts, 2 hidden, dim), x's dtype or quantized; of an expert's rows the first
             half is the gate, the second half up.
         w_down: (experts, dim, hidden), x's dtype or quantized.

@@ -12,7 +12,7 @@ from tilewise.fused import swiglu
 from tilewise.library import needs_grad
 from tilewise.moe import native, triton
 from tilewise.moe.naive import route
-from tilewise.moe.operators import MOE, Weight, parts_of
+from tilewise.moe.operators import MOE, ROUTER_LOGITS, Weight, parts_of
 from tilewise.quant.formats import QuantizedTensor
 
 
@@ -53,6 +53,16 @@ def moe(
         parts = (*parts_of(w_gate_up), *parts_of(w_down))
         out = MOE(x, router_logits, *parts, top_k, normalize, backend)
     return out
+
+
+def router_logits(backend: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The naive function of this name, by the kernels of a backend."""
+    logits: torch.Tensor
+    if needs_grad(x, weight):
+        logits = _RouterLogits.apply(backend, x, weight)
+    else:
+        logits = ROUTER_LOGITS(x, weight, backend)
+    return logits
 
 
 class _Moe(torch.autograd.Function):
@@ -144,4 +154,17 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
-        return None, ctx.linear(grad, weight.mT), ctx.linear(grad.mT, x.mT)
+        grad_x = ctx.linear(grad, weight.float().mT)
+        grad_weight = ctx.linear(grad.mT, x.float().mT)
+        return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+class _RouterLogits(_Linear):
+    """The same of x and a weight of any dtype, with the kernel that inference has."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.linear = _KERNELS[backend].linear
+        logits: torch.Tensor = ROUTER_LOGITS(x, weight, backend)
+        return logits

@@ -1,10 +1,11 @@
-"""A mixture-of-experts layer with PyTorch's grouped matrix product: the honest baseline."""
+"""A mixture-of-experts layer with PyTorch's own products: the honest baseline."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from tilewise.fused.naive import compute_dtype
 from tilewise.moe.naive import route
 from tilewise.quant.formats import QuantizedTensor
 
@@ -52,3 +53,9 @@ def moe(
     out = F.grouped_mm(F.silu(gate) * up, w_down.contiguous().mT, offs=ends)
     out = out[order.argsort()].unflatten(0, chosen.shape)
     return (weights[..., None] * out).sum(1)
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.functional.linear`, on numbers that are as wide as the result."""
+    dtype = compute_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype))

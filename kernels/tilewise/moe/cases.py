@@ -1,4 +1,4 @@
-"""The calls on which every backend of the mixture of experts must agree."""
+"""The calls on which every backend of the mixture of experts and its router must agree."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def _quantized(scheme: str, tokens: int = 5, hidden: int = 32, **options: Any) -
     return make
 
 
+def _router(tokens: int, dim: int, experts: int, weight_dtype: torch.dtype | None = None) -> Make:
+    def make(inputs: Inputs) -> dict[str, Any]:
+        weight = inputs.randn(experts, dim, scale=dim**-0.5, dtype=weight_dtype)
+        return {"x": inputs.randn(tokens, dim), "weight": weight}
+
+    return make
+
+
 CASES = [
     Case(
         "moe", "top 2 of 5", _moe(7, 24, 16, experts=5, top_k=2), grad=_EVERYTHING, floors=_FLOORS
@@ -115,6 +123,21 @@ CASES = [
     ),
 ]
 
+CASES += [
+    Case("router_logits", "odd sizes", _router(7, 77, 5), grad=("x", "weight")),
+    Case("router_logits", "one token", _router(1, 64, 8)),
+    Case("router_logits", "many", _router(67, 300, 33), grad=("x", "weight")),
+    Case("router_logits", "one number", _router(3, 1, 1)),
+    Case("router_logits", "no tokens", _router(0, 16, 4)),
+    Case("router_logits", "no experts", _router(3, 16, 0)),
+    Case(
+        "router_logits",
+        "weight in float32",
+        _router(9, 65, 8, torch.float32),
+        grad=("x", "weight"),
+    ),
+]
+
 
 # --- calls to compile ahead of time ---------------------------------------------------------------
 
@@ -134,6 +157,7 @@ COMPILED = [
         dtypes=(torch.bfloat16, torch.float32),
     ),
     Case("moe", "Granite-1B, int4", _int4_experts, dtypes=(torch.bfloat16,)),
+    Case("router_logits", "Granite-1B", _router(64, 1024, 32), dtypes=(torch.bfloat16,)),
 ]
 """Every kernel in the configurations that ship; see `tilewise build --triton`."""
 
@@ -159,4 +183,5 @@ def _operator(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
 OPERATOR_CALLS: list[tuple[str, Callable[[Inputs], tuple[Any, ...]]]] = [
     ("moe", _operator(_moe(7, 13, 9, experts=3, top_k=2))),
     ("moe", _operator(_quantized("int4", group_size=32))),
+    ("router_logits", lambda inputs: tuple(_router(7, 13, 5)(inputs).values())),
 ]

@@ -1,4 +1,4 @@
-"""The definition of a mixture-of-experts layer: every expert sees every token."""
+"""The definition of a mixture-of-experts layer and its router: every expert sees every token."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def moe(
         weight = torch.where(is_chosen, weights, 0).sum(-1, keepdim=True)
         y = y + weight * out.masked_fill(absent, 0)
     return y.to(x.dtype)
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weight^T, as precise as it is computed."""
+    dtype = compute_dtype(x)
+    return x.to(dtype) @ weight.to(dtype).mT
 
 
 def route(

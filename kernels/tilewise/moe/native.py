@@ -1,4 +1,4 @@
-"""The C++ kernel of the mixture of experts: one call, whatever the router chose.
+"""The C++ kernels of the mixture of experts: one call, whatever the router chose.
 
 Quantized weights are read in panels, and are turned to them as `tilewise.quant.native` says.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from tilewise import cpu, native
-from tilewise.moe.operators import MOE, Weight, weight_of
+from tilewise.moe.operators import MOE, ROUTER_LOGITS, Weight, weight_of
 from tilewise.quant import native as quant_native
 from tilewise.quant.formats import QuantizedTensor
 
 
 def why_not(x: torch.Tensor, *others: Any, **options: Any) -> str | None:
-    """Why the C++ kernel cannot take the call."""
+    """Why the C++ kernels cannot take the call."""
     return cpu.why_not(x)
 
 
@@ -46,6 +46,15 @@ def _describe(weight: Weight) -> tuple[Any, ...]:
         return (-1, 0, weight.contiguous(), None, None)
     format, _, _, *others = quant_native.describe(quant_native.as_panels(weight))
     return (format, *others)
+
+
+@ROUTER_LOGITS.kernel("cpu")
+def _router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if weight.dtype not in cpu.DTYPES:
+        weight = weight.float()
+    logits = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    native.cpu_ops().router_logits(cpu.unit_stride(x), weight.contiguous(), logits)
+    return logits
 
 
 # --- what the gradient needs ----------------------------------------------------------------------

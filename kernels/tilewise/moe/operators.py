@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tilewise.fused.naive import compute_dtype
 from tilewise.library import Contract
 from tilewise.moe import naive
 from tilewise.quant.formats import QuantizedTensor
@@ -58,3 +59,12 @@ def _kernel(x: torch.Tensor, router_logits: torch.Tensor, *others: Any) -> torch
     return naive.moe(
         x.contiguous(), router_logits, w_gate_up, w_down, top_k=top_k, normalize=normalize
     )
+
+
+def _fake_router(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=compute_dtype(x))
+
+
+ROUTER_LOGITS = Contract("router_logits", "(Tensor x, Tensor weight) -> Tensor", _fake_router)
+
+ROUTER_LOGITS.kernel("naive")(naive.router_logits)

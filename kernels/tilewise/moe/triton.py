@@ -9,7 +9,7 @@ import torch
 from tilewise import gpu
 from tilewise.fused.naive import compute_dtype
 from tilewise.moe.naive import route
-from tilewise.moe.operators import MOE, Weight, weight_of
+from tilewise.moe.operators import MOE, ROUTER_LOGITS, Weight, weight_of
 from tilewise.quant import triton as quant
 from tilewise.quant.formats import QuantizedTensor
 from tilewise.quant.triton_configs import tile_for
@@ -108,6 +108,17 @@ def _product(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+
+
+def why_not_router(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why the Triton kernel cannot take the call."""
+    # It multiplies float32, which the interpreter can, whatever x is.
+    return gpu.why_not(x, dot=False)
+
+
+@ROUTER_LOGITS.kernel("triton")
+def _router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return linear(x.float(), weight.float())
 
 
 def product(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
