@@ -10,7 +10,7 @@ from torch import nn
 
 from tilewise.fused import layer_norm, rms_norm
 from tilewise.model.config import GPTConfig
-from tilewise.moe import moe
+from tilewise.moe import moe, router_logits
 from tilewise.quant import QuantizedTensor, QuantLinear, quantized_embedding
 from tilewise.quant.matmul import check_act, laid_out_for
 
@@ -146,7 +146,11 @@ class Experts(nn.Module):
             weight = getattr(self, name)
             if isinstance(weight, QuantizedTensor):
                 setattr(self, name, laid_out_for(tokens, weight))
-        y = moe(tokens, self.router(tokens), self.gate_up, self.down, top_k=self.top_k)
+        if type(self.router) is nn.Linear:  # a file, or whoever adapts it, may put another there
+            logits = router_logits(tokens, self.router.weight)
+        else:
+            logits = self.router(tokens)
+        y = moe(tokens, logits, self.gate_up, self.down, top_k=self.top_k)
         return y.view(x.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

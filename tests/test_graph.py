@@ -18,6 +18,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+class Mixture:
+    """A router and its experts, on an input that stays where it is."""
+
+    def __init__(self, rows: int = 3) -> None:
+        inputs = Inputs()
+        self.x, self.router = inputs.randn(rows, 64), inputs.randn(5, 64)
+        self.up = tw.quantize(inputs.randn(5, 64, 64), search="minmax").to_panels()
+        self.down = tw.quantize(inputs.randn(5, 64, 32), group_size=32).to_panels()
+
+    def __call__(self) -> torch.Tensor:
+        return tw.moe(self.x, tw.router_logits(self.x, self.router), self.up, self.down, top_k=2)
+
+
 class Layer:
     """A norm, a projection and an activation, on an input that stays where it is."""
 
@@ -32,8 +45,9 @@ class Layer:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_replay_computes_what_a_call_does(threads):
-    layer, before = Layer(), torch.get_num_threads()
+@pytest.mark.parametrize("make", [Layer, Mixture])
+def test_a_replay_computes_what_a_call_does(make, threads):
+    layer, before = make(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with nan_filled_empty():

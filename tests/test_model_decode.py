@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import gguf
 import pytest
@@ -21,12 +22,19 @@ needs_cpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["Q4_1", "Q8_0"])
+TYPES = gguf.GGMLQuantizationType
+MODELS = {
+    "v as q and k": {"v_type": TYPES.Q4_1},
+    "v of its own type": {"v_type": TYPES.Q8_0},
+    "experts": {"experts": 4},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def gpt(tmp_path_factory, request):
-    """The values' projection in the type of the queries and keys, and in one of its own."""
+    """A model whose every weight is quantized but for norms and routers."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_llama_gguf(path, v_type=gguf.GGMLQuantizationType[request.param])
-    return load(path).gpt
+    return load(write_llama_gguf(path, **MODELS[request.param])).gpt
 
 
 def decoded(gpt, steps: int = 12, size: int = 2) -> tuple[list[torch.Tensor], Decoder]:
@@ -70,6 +78,53 @@ def test_another_backend_is_not_recorded(gpt):
         logits, decoder = decoded(gpt)
     assert "computed by PyTorch" in decoder.why_not_recorded
     assert all(x.isfinite().all() for x in logits)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_recorded_in_any_dtype(tmp_path, monkeypatch, dtype):
+    """Of sequences that are routed apart, and in a cache of their dtype."""
+    lm = load(write_llama_gguf(tmp_path / "moe.gguf", experts=8), dtype=dtype)
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [11]]
+    replayed = []
+    replay = CpuGraph.replay
+    monkeypatch.setattr(
+        CpuGraph, "replay", lambda self, times: replayed.append(times) or replay(self, times)
+    )
+    recorded = [g.token_ids for g in lm.generate(prompts, 20, ignore_eos=True)]
+    assert sum(replayed) >= 17  # all but the first token and up to two attempts
+    monkeypatch.setattr(Decoder, "_record", lambda self: None)
+    assert [g.token_ids for g in lm.generate(prompts, 20, ignore_eos=True)] == recorded
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("file", "backends", "what"),
+    [
+        ({"quantized": False}, {}, "aten.embedding"),
+        ({}, {"router_logits": "torch"}, "aten.(linear|mm|t)"),
+        ({}, {"moe": "naive"}, "aten."),
+    ],
+    ids=["plain weights", "router", "experts"],
+)
+def test_experts_that_are_not_recorded_say_why(tmp_path, file, backends, what):
+    gpt = load(write_llama_gguf(tmp_path / "moe.gguf", experts=4, **file)).gpt
+    with tilewise.use_backend(**backends):
+        logits, decoder = decoded(gpt, steps=3)
+    assert re.search(f"{what}.*is computed by PyTorch", decoder.why_not_recorded)
+    assert all(x.isfinite().all() for x in logits)
+
+
+@needs_cpu
+def test_a_quantized_router_is_recorded_too(tmp_path):
+    gpt = load(write_llama_gguf(tmp_path / "moe.gguf", experts=4)).gpt
+    expected, _ = decoded(gpt, steps=3)
+    gpt = tilewise.quantize_(gpt, "int8")
+    assert isinstance(gpt.blocks[0].ffn.router, tilewise.QuantLinear)
+    actual, decoder = decoded(gpt, steps=3)
+    assert decoder.why_not_recorded is None
+    assert not torch.equal(actual[-1], expected[-1])
+    torch.testing.assert_close(actual[0], expected[0], atol=0.5, rtol=0.1)
 
 
 @needs_cpu
