@@ -63,25 +63,43 @@ void dot_codes(const void* queries, int64_t query_bytes, CacheRows keys, Ahead a
       key[c] = near[c];
       near[c] = keys.row<Float8>(j + J + c);
     }
-    const int64_t step = ahead.step(J * dim);
-    const char* far = ahead.at();
-    for (int64_t d = 0;;) {
-      if (!IS_EARLY) convert(key, d);
-      for (int c = 0; c < J; ++c) {
-        fetch_near(near[c], d);
-        if (!begins_line<Float8>(c * Pairs::WIDTH)) continue;
+    const auto multiply = [&](const auto& fetch_far) {
+      for (int64_t d = 0;;) {
+        if (!IS_EARLY) convert(key, d);
+        for (int c = 0; c < J; ++c) {
+          fetch_near(near[c], d);
+          fetch_far(c, d);
+        }
+        for (int r = 0; r < R; ++r) {
+          const Pairs x = held(load_pairs(q + r * query_stride + d));
+          for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
+        }
+        d += Pairs::WIDTH;
+        if (d == dim) break;
+        if (IS_EARLY) convert(key, d);
+      }
+    };
+    const char* rows[J];
+    const auto multiply_with_rows = [&] {
+      multiply([&](int c, int64_t d) __attribute__((always_inline)) {
+        if (begins_line<Float8>(d)) _mm_prefetch(rows[c] + d, _MM_HINT_T1);
+      });
+    };
+    if (ahead.is_row_by_row(dim)) {
+      for (int c = 0; c < J; ++c) rows[c] = ahead.row(j + c);
+      multiply_with_rows();
+    } else if (ahead.exceed_row(J * dim)) {
+      for (int c = 0; c < J; ++c) rows[c] = ahead.take(dim);
+      multiply_with_rows();
+    } else {
+      const char* far = ahead.at();
+      multiply([&](int c, int64_t) __attribute__((always_inline)) {
+        if (!begins_line<Float8>(c * Pairs::WIDTH)) return;
         _mm_prefetch(far, _MM_HINT_T1);
-        far += step;
-      }
-      for (int r = 0; r < R; ++r) {
-        const Pairs x = held(load_pairs(q + r * query_stride + d));
-        for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
-      }
-      d += Pairs::WIDTH;
-      if (d == dim) break;
-      if (IS_EARLY) convert(key, d);
+        far += Ahead::LINE;
+      });
+      ahead.advance(far);
     }
-    ahead.advance(far);
     if (IS_EARLY) convert(near, 0);
     store_reduced<R>(sums, scores + j, score_stride);
   }

@@ -89,14 +89,7 @@ class Ahead {
     advance(at_ + LINE);
   }
 
-  // For who has no registers for all of this: what to fetch is at `at`, line by line, and was, as far
-  // as `end`. `step` is from one line to the next of as many bytes; 0 where the rows are shorter, and
-  // apart: then they have been fetched, and `at` is what comes next.
-  __attribute__((always_inline)) inline int64_t step(int64_t bytes) {
-    if (bytes <= span_ || row_ == last_ || apart(row_) == span_) return LINE;
-    for (int64_t i = 0; i < bytes; i += LINE) fetch_line();
-    return 0;
-  }
+  // For who has no registers for all of this: what to fetch is at `at`, and was, as far as `end`.
   const char* at() const { return at_; }
   void advance(const char* end) {
     left_ -= end - at_;
@@ -107,12 +100,21 @@ class Ahead {
       left_ += span_;
     }
   }
-
- private:
-  static int64_t apart(const void* const* rows) {
-    return static_cast<const char*>(rows[1]) - static_cast<const char*>(rows[0]);
+  // Whether each row is as many bytes: then whoever takes row after row need not count.
+  bool is_row_by_row(int64_t bytes) const { return span_ == bytes; }
+  const char* row(int64_t i) const { return static_cast<const char*>(row_[i]) + offset_; }
+  // Whether as many bytes go beyond a row, behind which something else lies.
+  bool exceed_row(int64_t bytes) const {
+    return bytes > span_ && row_ != last_ && row(1) - row(0) != span_;
+  }
+  // Passes over them. Returns where they begin.
+  const char* take(int64_t bytes) {
+    const char* at = at_;
+    advance(at + bytes);
+    return at;
   }
 
+ private:
   const char* at_;
   int64_t left_;  // of the row
   const void* const *row_, *const *last_;
@@ -175,12 +177,10 @@ inline void store_reduced(const F32* sums, float* scores, int64_t score_stride) 
   for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride, reduced + r * J, J * 4);
 }
 
-// scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
-// F32::WIDTH behind `count`, and fetches as many bytes `ahead`; pointers to F32::WIDTH more keys exist.
-// Query rows are `query_bytes` apart.
-template <class P, class KV, int R, bool FETCHES = true>
-void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead,
-                  int64_t count, int64_t dim, float* scores, int64_t score_stride) {
+// dot_products, below. A loop for each way to fetch has registers enough.
+template <class P, class KV, int R, bool FETCHES, bool ROW_BY_ROW>
+void dot_keys(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead, int64_t count,
+              int64_t dim, float* scores, int64_t score_stride) {
   constexpr int J = keys_together(R), W = F32::WIDTH;
   const int64_t query_stride = query_bytes / sizeof(typename P::Element);
   for (int64_t j = 0; j < count; j += J) {
@@ -194,26 +194,43 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahea
         near[c] = FETCHES ? keys.row<T>(j + J + c) : nullptr;
       }
       const auto* q = static_cast<const typename P::Element*>(queries) + begin;
-      constexpr int64_t FETCHED = begins_line<T>(0) ? sizeof(T) : 0;
-      const int64_t step = FETCHES ? ahead.step(J * n * FETCHED) : 0;
-      const char* far = ahead.at();
       int64_t d = 0;
-      for (; d + P::WIDTH <= n; d += P::WIDTH) {
-        typename P::Vector k[J];
-        for (int c = 0; c < J; ++c) {
-          k[c] = P::read(key[c] + d, 0);
-          if (FETCHES) fetch_near(near[c], d);
-          if (FETCHES && begins_line<T, J * P::WIDTH>(c * P::WIDTH, d * J)) {
-            _mm_prefetch(far, _MM_HINT_T1);
-            far += step;
+      const auto multiply = [&](const auto& fetch_far) {
+        for (; d + P::WIDTH <= n; d += P::WIDTH) {
+          typename P::Vector k[J];  // held, or else it is loaded again for every row
+          for (int c = 0; c < J; ++c) {
+            k[c] = held(P::read(key[c] + d, 0));
+            if (FETCHES) fetch_near(near[c], d);
+            if (FETCHES) fetch_far(c, d);
+          }
+          for (int r = 0; r < R; ++r) {
+            const auto x = held(P::query(q + r * query_stride + d));
+            for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
           }
         }
-        for (int r = 0; r < R; ++r) {
-          const auto x = held(P::query(q + r * query_stride + d));
-          for (int c = 0; c < J; ++c) sums[r * J + c] = fma(x, k[c], sums[r * J + c]);
-        }
+      };
+      const char* rows[J];
+      const auto multiply_with_rows = [&] {
+        multiply([&](int c, int64_t i) __attribute__((always_inline)) {
+          if (begins_line<T>(i)) _mm_prefetch(rows[c] + i * sizeof(T), _MM_HINT_T1);
+        });
+      };
+      const int64_t bytes = n * sizeof(T);
+      if (FETCHES && ROW_BY_ROW) {
+        for (int c = 0; c < J; ++c) rows[c] = ahead.row(j + c);
+        multiply_with_rows();
+      } else if (FETCHES && begins_line<T>(0) && ahead.exceed_row(J * bytes)) {
+        for (int c = 0; c < J; ++c) rows[c] = ahead.take(bytes);
+        multiply_with_rows();
+      } else {
+        const char* far = ahead.at();
+        multiply([&](int c, int64_t i) __attribute__((always_inline)) {
+          if (!begins_line<T, J * P::WIDTH>(c * P::WIDTH, i * J)) return;
+          _mm_prefetch(far, _MM_HINT_T1);
+          far += Ahead::LINE;
+        });
+        if (FETCHES) ahead.advance(far);
       }
-      if (FETCHES) ahead.advance(far);
       if constexpr (P::KEYS == 1) {
         if (d == n) return;
         for (int c = 0; c < J; ++c) {
@@ -228,12 +245,25 @@ void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahea
   }
 }
 
+// scores[r][j] = queries[r] . keys[j]. Reads keys and writes scores up to the next multiple of
+// F32::WIDTH behind `count`, and fetches as many bytes `ahead`; pointers to F32::WIDTH more keys exist.
+// Query rows are `query_bytes` apart.
+template <class P, class KV, int R, bool FETCHES = true>
+void dot_products(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead,
+                  int64_t count, int64_t dim, float* scores, int64_t score_stride) {
+  const int64_t row_bytes = std::is_same<KV, Int4>::value ? dim / 2 : dim * sizeof(KV);
+  const bool row_by_row = FETCHES && ahead.is_row_by_row(row_bytes);
+  const auto dot = row_by_row ? dot_keys<P, KV, R, FETCHES, FETCHES>
+                              : dot_keys<P, KV, R, FETCHES, false>;
+  dot(queries, query_bytes, keys, ahead, count, dim, scores, score_stride);
+}
+
 template <class P, class KV, int R>
 constexpr auto dot_loop = &dot_products<P, KV, R>;
 
 // out[r][d .. d + D vectors] += sum over j of weights[r][j] * values[j][...]. Never begins within such
 // D vectors, from which compilers see what is to be fetched.
-template <class P, class T, int R, int D>
+template <class P, class T, int R, int D, bool ROW_BY_ROW>
 inline void accumulate_vectors(const typename P::Element* weights, int64_t weight_stride,
                                CacheRows values, Ahead& ahead, int64_t count, int64_t d,
                                int tail, typename P::SumElement* out, int64_t out_stride) {
@@ -249,7 +279,12 @@ inline void accumulate_vectors(const typename P::Element* weights, int64_t weigh
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) {
       fetch_near(values.row<T>(j + i / D + NEAR_VALUES), d + i % D * P::WIDTH);
-      if (begins_line<T, N * P::WIDTH>(i * P::WIDTH, j * D * P::WIDTH)) far.fetch_line();
+      if (ROW_BY_ROW) {
+        const int64_t e = d + i % D * P::WIDTH;
+        if (begins_line<T>(e)) _mm_prefetch(far.row(j + i / D) + e * sizeof(T), _MM_HINT_T1);
+      } else if (begins_line<T, N * P::WIDTH>(i * P::WIDTH, j * D * P::WIDTH)) {
+        far.fetch_line();
+      }
     }
     for (int r = 0; r < R; ++r) {
       const auto weight = P::weight(weights + r * weight_stride + j);
@@ -275,15 +310,23 @@ void accumulate_products(const void* weights, int64_t weight_bytes, CacheRows va
   for_runs<KV>(dim, [&](auto tag, int64_t begin, int64_t n) {
     using T = decltype(tag);
     auto* sums = static_cast<typename P::SumElement*>(out) + begin;
-    int64_t d = 0;
-    for (; d + D * P::WIDTH <= n; d += D * P::WIDTH) {
-      accumulate_vectors<P, T, R, D>(w, weight_stride, values, ahead, count, d, 0, sums + d,
-                                     out_stride);
-    }
-    for (; d < n; d += P::WIDTH) {
-      const int tail = d + P::WIDTH <= n ? 0 : static_cast<int>(n - d);
-      accumulate_vectors<P, T, R, 1>(w, weight_stride, values, ahead, count, d, tail, sums + d,
-                                     out_stride);
+    const auto accumulate = [&](auto is_row_by_row) {
+      constexpr bool ROW_BY_ROW = decltype(is_row_by_row)::value;
+      int64_t d = 0;
+      for (; d + D * P::WIDTH <= n; d += D * P::WIDTH) {
+        accumulate_vectors<P, T, R, D, ROW_BY_ROW>(w, weight_stride, values, ahead, count, d, 0,
+                                                   sums + d, out_stride);
+      }
+      for (; d < n; d += P::WIDTH) {
+        const int tail = d + P::WIDTH <= n ? 0 : static_cast<int>(n - d);
+        accumulate_vectors<P, T, R, 1, ROW_BY_ROW>(w, weight_stride, values, ahead, count, d, tail,
+                                                   sums + d, out_stride);
+      }
+    };
+    if (ahead.is_row_by_row(n * sizeof(T))) {
+      accumulate(std::true_type{});
+    } else {
+      accumulate(std::false_type{});
     }
   });
 }

@@ -63,10 +63,13 @@ __attribute__((always_inline)) inline void for_each(const F& f) {
 
 // As much as a tile has.
 __attribute__((always_inline)) inline void fetch_tile(Ahead& ahead) {
-  const int64_t step = ahead.step(TILE_SIZE);
+  if (ahead.exceed_row(TILE_SIZE)) {
+    for (int i = 0; i < TILE_HEIGHT; ++i) ahead.fetch_line();
+    return;
+  }
   const char* far = ahead.at();
 #pragma GCC unroll 16
-  for (int i = 0; i < TILE_HEIGHT; ++i, far += step) _mm_prefetch(far, _MM_HINT_T1);
+  for (int i = 0; i < TILE_HEIGHT; ++i, far += Ahead::LINE) _mm_prefetch(far, _MM_HINT_T1);
   ahead.advance(far);
 }
 
