@@ -63,6 +63,39 @@ def test_pages_change_no_bit(dtype: torch.dtype, cache: str | None) -> None:
         assert torch.equal(cut, whole), page_size
 
 
+@pytest.mark.parametrize("cache", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("heads", [3, 8, 11])
+def test_heads_together_have_the_bits_of_each_alone(cache: str, heads: int) -> None:
+    """Scales of several heads are taken at once, and those behind the last key may be NaN."""
+    inputs = Inputs(torch.bfloat16)
+    requests, pages, page_size = 5, 10, 16  # as many tasks as one thread wants, with all heads each
+    shape = (requests * pages, page_size, heads, DIM)
+    dtype = kv_formats.stored_dtype(cache)
+    rows = {}
+    for name in ("k", "v"):
+        codes, scale = kv_formats.encode(inputs.randn(*shape, dtype=torch.float32), dtype)
+        rows |= {f"{name}_cache": codes, f"{name}_scale": scale}
+    table = inputs.permutation(requests * pages).view(requests, pages).int()
+    seqlens = (1 + inputs.randint(0, pages * page_size, requests)).int()
+    for request, length in enumerate(seqlens.tolist()):
+        for j in range(length, pages * page_size):
+            slot = table[request, j // page_size], j % page_size
+            rows["k_scale"][slot] = rows["v_scale"][slot] = math.nan
+    q = inputs.randn(requests, 2 * heads, DIM)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together = _attend(q, **rows, block_table=table, cache_seqlens=seqlens)
+        assert together.isfinite().all()
+        for h in range(heads):
+            own = {name: x[:, :, h : h + 1] for name, x in rows.items()}
+            pair = slice(2 * h, 2 * h + 2)
+            alone = _attend(q[:, pair], **own, block_table=table, cache_seqlens=seqlens)
+            assert torch.equal(together[:, pair], alone), h
+    finally:
+        torch.set_num_threads(threads)
+
+
 @both_arithmetics
 @pytest.mark.parametrize("cache", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("requests", [3, 40])

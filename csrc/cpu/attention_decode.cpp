@@ -243,8 +243,10 @@ class Decode {
 
   // b.scores = weights of the values. The output so far is to be scaled to the new maxima.
   void weigh(const Block& block, const TaskRows& rows, Buffers& b) const {
+    auto* all_scales = reinterpret_cast<DecodeWeights::Scales*>(b.scales);
+    weights_.take_scales(block, rows.heads, all_scales);
     for (int64_t h = 0; h < rows.heads; ++h) {
-      const DecodeWeights::Scales scales = weights_.scales_of(block, h);
+      const DecodeWeights::Scales& scales = all_scales[h];
       for (int64_t r = h * rows.count; r < (h + 1) * rows.count; ++r) {
         float* scores = b.scores + r * SCORE_STRIDE;
         const float factor =

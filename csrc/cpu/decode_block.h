@@ -1,6 +1,8 @@
 // Where the rows of a block of keys are.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <iterator>
 
@@ -82,6 +84,9 @@ inline void locate(const Attention& a, const Sequence& s, int64_t kv_head, int64
       for (int64_t i = begin; i < run_end; ++i) {
         block.k_scale[i] = k_scale + (i - begin) * a.k.scale_slot_stride;
         block.v_scale[i] = v_scale + (i - begin) * a.v.scale_slot_stride;
+        // A block is located before the one in front of it is computed.
+        _mm_prefetch(reinterpret_cast<const char*>(block.k_scale[i]), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(block.v_scale[i]), _MM_HINT_T1);
       }
     }
   }

@@ -21,6 +21,7 @@ struct DecodeSizes {
   int64_t k_bytes, v_bytes;            // of a row in the cache
   int64_t k_head_bytes, v_head_bytes;  // from one head's to the next
   int64_t heads;                       // that a task takes, or fewer
+  int64_t scales;                      // of a block of a task, as DecodeWeights takes them
   int64_t tile;  // keys that every head takes before any goes on: BLOCK or a part of it
 
   DecodeSizes(const Attention& a, int64_t heads_per_task, int64_t near_bytes)
@@ -32,6 +33,7 @@ struct DecodeSizes {
         k_head_bytes(a.k.head_stride * element_size(a.kv_dtype)),
         v_head_bytes(a.v.head_stride * element_size(a.kv_dtype)),
         heads(heads_per_task),
+        scales(a.k.scale ? heads_per_task * 2 * BLOCK : 0),
         tile(BLOCK) {
     while (tile > STEP && tile * heads * std::max(k_bytes, v_bytes) > near_bytes) tile /= 2;
   }
@@ -79,13 +81,15 @@ struct DecodeBuffers {
         scores(out + rows * sizes.v_size),
         maxima(scores + rows * SCORE_STRIDE),
         sums(maxima + rows),
+        scales(memory + size(rows, sizes) - sizes.scales),
         others(memory + size(rows, sizes)) {}
 
   static int64_t size(int64_t rows, const DecodeSizes& sizes) {
-    return rows * (sizes.k_size + sizes.v_size + SCORE_STRIDE) + round_up(2 * rows, F32::WIDTH);
+    return rows * (sizes.k_size + sizes.v_size + SCORE_STRIDE) + round_up(2 * rows, F32::WIDTH) +
+           sizes.scales;
   }
 
-  float *queries, *out, *scores, *maxima, *sums, *others;
+  float *queries, *out, *scores, *maxima, *sums, *scales, *others;
 };
 
 // The rows of a task: `count` of each head.

@@ -74,6 +74,7 @@ class DecodeTileProducts {
     }
 
     float *queries, *weights, *tile_sums, *tile_scores, *out, *scores, *maxima, *sums, *factors;
+    static constexpr float* scales = nullptr;  // a bfloat16 cache has none
     char* room;  // for keys or values that are copied
     TileShapes scoring, summing;
     Tiles tiles;

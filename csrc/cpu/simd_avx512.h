@@ -173,6 +173,12 @@ inline void store_partial_f32(float* p, F32 x, int n) {
   _mm512_mask_storeu_ps(p, mask_of(n), x.v);
 }
 
+// n floats at p, and then in the second half n at q.
+inline F32 load_halves(const float* p, const float* q, int n) {
+  const __mmask16 first = mask_of(n), second = static_cast<__mmask16>(first << 8);
+  return _mm512_mask_loadu_ps(_mm512_maskz_loadu_ps(first, p), second, q - 8);
+}
+
 inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

@@ -35,6 +35,9 @@ inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   const __m512i m = emulated::spread16(mask);
   return {_mm256_maskload_ps(f, m.low), _mm256_maskload_ps(f + 8, m.high)};
 }
+inline __m512 _mm512_mask_loadu_ps(__m512 a, __mmask16 mask, const void* p) {
+  return _mm512_mask_blend_ps(mask, a, _mm512_maskz_loadu_ps(mask, p));
+}
 inline void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 a) {
   float* f = static_cast<float*>(p);
   const __m512i m = emulated::spread16(mask);
