@@ -273,6 +273,57 @@ def test_torch_func_differentiates_the_naive_function(case: Case, device: str) -
             torch.func.grad(loss)(x, backend)
 
 
+@pytest.mark.parametrize("case", _first_of_each_op(DIFFERENTIABLE), ids=_ids)
+def test_vmap_loses_no_gradient(case: Case, device: str) -> None:
+    """Of a tensor from outside, which does not seem to need one inside."""
+    arguments = case.make(Inputs(torch.float32, device))
+    name = case.grad[0]
+    leaf = arguments[name].clone().requires_grad_()
+    one = torch.ones(1, device=device)
+
+    def loss(x: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        returned = public_function(case.op)(**(arguments | {name: x}), backend=backend)
+        return case.results(arguments, returned)["output"].sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf, "naive"), leaf)
+    for total in (
+        torch.func.vmap(loss)(leaf[None]),
+        torch.func.vmap(lambda one: one * loss(leaf))(one),
+    ):
+        (grad,) = torch.autograd.grad(total.sum(), leaf)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@_on_every_backend(_first_of_each_op(DIFFERENTIABLE), dtypes=False)
+def test_a_second_derivative_is_right_or_refused(
+    case: Case, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    """Of a sum, whose gradient by the results is a constant that has no gradient itself."""
+    call = _call(case, backend, dtype, device)
+
+    def derivative_of_the_gradient(backend: str) -> list[torch.Tensor]:
+        arguments = testing.map_tensors(call.arguments, torch.clone)
+        leaves = [arguments[name].requires_grad_() for name in case.grad]
+        returned = public_function(case.op)(**arguments, backend=backend)
+        results = [x for x in case.results(arguments, returned).values() if x.requires_grad]
+        total = sum(torch.where(x.isfinite(), x, 0).sum() for x in results)
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        squares = sum(grad.square().sum() for grad in grads if grad.requires_grad)
+        if not isinstance(squares, torch.Tensor):
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return list(torch.autograd.grad(squares, leaves, materialize_grads=True))
+
+    expected = derivative_of_the_gradient("naive")
+    try:
+        actual = derivative_of_the_gradient(backend)
+    except RuntimeError as error:
+        refused = "cannot be differentiated again" if backend != "torch" else "not implemented"
+        assert refused in str(error)
+        return
+    for name, a, e in zip(case.grad, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()), msg=name)
+
+
 OPERATOR_CALLS = all_operator_calls()
 _WHY_NOT = {"cpu": cpu.why_not, "triton": gpu.why_not}
 

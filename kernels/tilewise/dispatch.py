@@ -47,12 +47,15 @@ _DIFFERENTIATING = (torch._C._functorch.TransformType.Grad, torch._C._functorch.
 def is_transformed() -> bool:
     """Whether a function transform or forward mode, which kernels know nothing of, differentiates.
 
-    Forward mode would take an unknown operator for a constant, and say nothing.
+    Both would take an unknown operator for a constant, and say nothing. Within `vmap` no tensor
+    tells whether it needs a gradient outside, so any may where gradients are recorded.
     """
     if forward_ad._current_level >= 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False
+    if torch.is_grad_enabled():
+        return True
     stack = torch._C._functorch.get_interpreter_stack()
     return any(level.key() in _DIFFERENTIATING for level in stack)
 
@@ -84,7 +87,10 @@ class Impl:
     def refuses(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Why `fn` cannot run this call here and now; None where it can."""
         if self.name != "naive" and is_transformed():
-            return "torch.func and forward mode can differentiate only the naive function"
+            return (
+                "torch.func and forward mode can differentiate only the naive function; "
+                "vmap under torch.no_grad() differentiates nothing"
+            )
         if self.untraceable and torch.compiler.is_compiling():
             return f"torch.compile cannot trace it: {self.untraceable}"
         return self.why_not(*args, **kwargs)

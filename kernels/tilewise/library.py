@@ -10,8 +10,9 @@ takes the backend's name as its last argument; they can be told apart only where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -114,6 +115,39 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
+
+
+Saved: TypeAlias = tuple[Any, ...]
+"""What `ctx.save_for_backward` was given, tensors and None."""
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: the `backward` of an autograd function whose kernels have no second derivative.
+
+    It is given `ctx.saved_tensors` as its second argument: checkpointing lets them be read once.
+
+    PyTorch's own decorator refuses a second derivative only where `grads` need one, and cuts the
+    way to what was saved: the Hessian of a sum would be zero, without a word.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        sources = [x for x in (*grads, *saved) if x is not None and x.requires_grad]
+        refuse = torch._C._functions.DelayedError(_ONCE, len(results) + len(sources))
+        return refuse(*results, *sources)[: len(results)]
+
+    return call
+
+
+_ONCE = (
+    b"tilewise: the gradients of this backend cannot be differentiated again, those of naive can: "
+    b"backend='naive', or with tilewise.use_backend('naive')"
+)
 
 
 def _split(schema: str) -> tuple[str, str]:

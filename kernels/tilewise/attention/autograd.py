@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise.attention import operators
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 
 
 def flash_attention(
@@ -147,9 +146,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+        ctx: Any, saved: Saved, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
     ) -> tuple[Any, ...]:
-        q, k, v, sinks, bias, alibi_slopes, out, lse, *cu_seqlens = ctx.saved_tensors
+        q, k, v, sinks, bias, alibi_slopes, out, lse, *cu_seqlens = saved
         contract = (
             operators.FLASH_ATTENTION_VARLEN_BACKWARD
             if cu_seqlens

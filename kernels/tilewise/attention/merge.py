@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise.attention.operators import MERGE_STATES
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 
 
 def merge_states(
@@ -32,8 +31,10 @@ class _MergeStates(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
-        out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Saved, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ) -> tuple[Any, ...]:
+        out_a, lse_a, out_b, lse_b, lse = saved
         is_a, is_b = lse_a > -math.inf, lse_b > -math.inf
         weight_a = torch.where(is_a, torch.exp(lse_a - lse), 0)
         weight_b = torch.where(is_b, torch.exp(lse_b - lse), 0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise.fused.operators import (
     GATED_ACTIVATION,
@@ -23,7 +22,7 @@ from tilewise.fused.operators import (
     SAMPLE,
 )
 from tilewise.fused.tables import RotaryTables
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 
 # --- norms ----------------------------------------------------------------------------------------
 
@@ -84,8 +83,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_sum: Any = None) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Saved, grad_out: torch.Tensor | None, grad_sum: Any = None
+    ) -> tuple[Any, ...]:
+        x, weight = saved
         backend, centered, eps = ctx.options
         if grad_out is None:
             grad_out = torch.zeros_like(x)
@@ -132,8 +133,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        cos, sin, positions = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        cos, sin, positions = saved
         interleaved, backend = ctx.options
         grad_x = ROTARY_EMBEDDING(grad_out, cos, sin, positions, interleaved, True, backend)
         return None, grad_x, None, None, None, None
@@ -171,8 +172,8 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        gate, up = saved
         grad_gate, grad_up = GATED_ACTIVATION_BACKWARD(grad_out, gate, up, *ctx.options)
         needed = ctx.needs_input_grad
         return grad_gate if needed[0] else None, grad_up if needed[1] else None, None, None

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise.fused import swiglu
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 from tilewise.moe import native, triton
 from tilewise.moe.naive import route
 from tilewise.moe.operators import MOE, ROUTER_LOGITS, Weight, parts_of
@@ -89,8 +88,8 @@ class _Moe(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, router_logits, *plain = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, router_logits, *plain = saved
         weights = [plain.pop(0) if w is None else w for w in ctx.quantized]
         if ctx.backend == "cpu":
             weights = [native.prepared(w) for w in weights]
@@ -152,8 +151,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
-        x, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Saved, grad: torch.Tensor
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        x, weight = saved
         grad_x = ctx.linear(grad, weight.float().mT)
         grad_weight = ctx.linear(grad.mT, x.float().mT)
         return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype)

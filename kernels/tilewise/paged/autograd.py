@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise.fused.tables import RotaryTables
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 from tilewise.paged import naive
 from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION
 
@@ -90,14 +89,16 @@ class _PagedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, saved: Saved, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ) -> tuple[Any, ...]:
         block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale = ctx.places
         causal, scale, left, right, softcap, alibi_slopes = ctx.options
         needed = ctx.needs_input_grad[1:6]
         with torch.enable_grad():
             leaves: list[Any] = [
                 x if x is None else x.detach().requires_grad_(need)
-                for x, need in zip(ctx.saved_tensors, needed, strict=True)
+                for x, need in zip(saved, needed, strict=True)
             ]
             q, k_cache, v_cache, sinks, bias = leaves
             results = naive.paged_attention(

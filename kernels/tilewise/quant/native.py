@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tilewise import cpu, native
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 from tilewise.quant import naive
 from tilewise.quant.formats import FORMATS, QuantizedTensor
 from tilewise.quant.operators import (
@@ -108,7 +107,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, saved: Saved, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         grad_x = QUANTIZED_MATMUL_BACKWARD(grad, *fields(ctx.weight), "cpu")
         return grad_x.to(ctx.dtype), None, None
 

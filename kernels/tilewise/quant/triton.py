@@ -16,10 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tilewise import gpu, tuning
-from tilewise.library import needs_grad
+from tilewise.library import Saved, needs_grad, once_differentiable
 from tilewise.quant import naive
 from tilewise.quant import triton_activations as activations
 from tilewise.quant import triton_configs as configs
@@ -81,7 +80,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, saved: Saved, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # In x's dtype, as the tensor cores take it: its result is rounded to that anyway.
         grad_x = QUANTIZED_MATMUL_BACKWARD(grad.to(ctx.dtype), *fields(ctx.weight), "triton")
         return grad_x, None, None
