@@ -25,6 +25,10 @@ _PLAIN = frozenset(
     {torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, str, tuple, list}
 )
 
+# Not functorch's: PyTorch's older vmap, in which `is_grads_batched` runs backward functions.
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
+_is_batch = torch._C._dispatch_tls_is_dispatch_key_included
+
 _LIBRARY = torch.library.Library("tilewise", "FRAGMENT")
 
 CONTRACTS: dict[str, Contract] = {}
@@ -71,7 +75,7 @@ class Contract:
         The way through the dispatcher and back into Python costs 2 us, as much as a small kernel.
         Compilers, dispatch modes, function transforms and tensor subclasses do look.
         """
-        if is_watched() or not _PLAIN.issuperset(map(type, args)):
+        if is_watched() or _is_batch(_VMAP_MODE) or not _PLAIN.issuperset(map(type, args)):
             return self.op(*args)
         kernel = self.kernels.get(args[-1])
         return kernel(*args[:-1]) if kernel is not None else self._run(*args)
