@@ -1,5 +1,7 @@
 """The cache of a model: forks that diverge, pages that come back, and what it costs."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -53,6 +55,24 @@ def assert_holds(cache, seq, *parts):
             own = decode(rows[table], None if scale is None else scale[table]).flatten(0, 1)
             assert len(expected) == length
             assert torch.equal(own[:length], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "int8"], ids=str)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_forks_as_the_cache_itself(copied, dtype):
+    inputs = Inputs()
+    cache = new_cache(dtype=dtype)
+    seq = cache.add_sequence()
+    (begin,) = append(cache, inputs, [seq], [4])
+    cache = copied(cache)
+    fork = cache.fork(seq)
+    (own,) = append(cache, inputs, [fork], [1])
+    assert_holds(cache, seq, begin)
+    assert_holds(cache, fork, begin, own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,18 +89,25 @@ class PagedKVCache:
 
         k, v = rows("head_dim", head_dim), rows("v_head_dim", v_head_dim)
         k_scale, v_scale = scales(), scales()
-        self._tensors = [x for x in (k, v, k_scale, v_scale) if x is not None]
-        self._layers = [
-            LayerCache(
-                k[i],
-                v[i],
-                None if k_scale is None else k_scale[i],
-                None if v_scale is None else v_scale[i],
-            )
-            for i in range(num_layers)
-        ]
+        self._stacked = LayerCache(k, v, k_scale, v_scale)  # of all layers, (num_layers, ...)
+        self._layers = self._split()
         self._head_dims = (head_dim, v_head_dim)
         self.device = k.device
+
+    def _split(self) -> list[LayerCache]:
+        return [
+            LayerCache(*(None if x is None else x[i] for x in self._stacked))  # type: ignore[arg-type]
+            for i in range(len(self._stacked.k))
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_layers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickling makes two tensors of one and a view of it, and a forked page would be copied
+        # in the one that nobody reads.
+        self.__dict__.update(state)
+        self._layers = self._split()
 
     def __repr__(self) -> str:
         k, v = self._layers[0][:2]
@@ -168,9 +175,10 @@ class PagedKVCache:
     @property
     def nbytes(self) -> int:
         """The size of all tensors, used or not."""
-        return sum(x.nbytes for x in self._tensors)
+        return sum(x.nbytes for x in self._stacked if x is not None)
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         source, destination = torch.tensor(copies, device=self.device).unbind(1)
-        for x in self._tensors:
-            x[:, destination] = x[:, source]
+        for x in self._stacked:
+            if x is not None:
+                x[:, destination] = x[:, source]
