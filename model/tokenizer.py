@@ -55,7 +55,17 @@ class Tokenizer:
             text: any text.
             add_special_tokens: whether to put in front what the model wants there (most often
                 nothing, or the bos token). A rendered chat template has it already.
+
+        Raises:
+            ValueError: for half a surrogate pair, as what is not UTF-8 is often read.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            wrong = text[error.start]
+            raise ValueError(
+                f"text: must be valid Unicode, got {wrong!r} at {error.start}"
+            ) from None
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

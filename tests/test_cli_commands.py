@@ -166,6 +166,22 @@ def test_generate_reads_standard_input(tiny, capsys, monkeypatch):
     assert capsys.readouterr().out == from_argument
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (None, "standard input is closed"),
+        ("\udcff", "text: must be valid Unicode, got '\\udcff' at "),
+    ],
+)
+def test_standard_input_that_is_no_text(tiny, capsys, monkeypatch, command, stdin, message):
+    monkeypatch.setattr(sys, "stdin", stdin and io.StringIO(stdin))
+    assert main([command, "-m", tiny, "-q"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"tilewise {command}: {message}")
+    assert captured.err.count("\n") == 1
+
+
 def test_the_chat_template_is_used_unless_raw(tiny, capsys):
     argv = ["generate", "hello", "-m", tiny, "-n", "2"]
     assert main(argv) == 0

@@ -298,6 +298,7 @@ def test_torch_says_what_it_cannot_draw(options, reason):
         ({"temperature": -1.0}, "temperature: must be >= 0, got -1.0"),
         ({"temperature": math.nan}, "temperature: must be >= 0, got nan"),
         ({"top_k": -1}, "top_k: must be >= 0, got -1"),
+        ({"top_k": 2**63}, f"top_k: must be a 64-bit integer, got {2**63}"),
         ({"top_k": 2.5}, "top_k: must be an int, got float"),
         ({"top_k": True}, "top_k: must be an int, got bool"),
         ({"temperature": "hot"}, "temperature: must be a number, got str"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tilewise.cli.console import (
     MODEL_HELP,
@@ -69,7 +69,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     """Answer one prompt; the text goes to stdout, its speed to stderr."""
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    prompt = _standard_input().read() if options.prompt is None else options.prompt
     if not prompt.strip():
         raise UserError("the prompt is empty")
     model = load_model(options.model, device=device_of(options))
@@ -81,11 +81,12 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_chat(options: argparse.Namespace) -> int:
     """Take turns until there is no more input; Ctrl-C ends an answer, or the conversation."""
+    is_asked = _standard_input().isatty()
     model = load_model(options.model, device=device_of(options))
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " if is_asked else "").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
@@ -95,6 +96,12 @@ def run_chat(options: argparse.Namespace) -> int:
         generation = _answer(model, messages, options, may_stop=True)
         messages.append({"role": "assistant", "content": generation.text})
         _print_speed(generation, options)
+
+
+def _standard_input() -> TextIO:
+    if sys.stdin is None:
+        raise UserError("standard input is closed")
+    return sys.stdin
 
 
 def _answer(

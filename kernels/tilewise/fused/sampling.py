@@ -83,6 +83,8 @@ def _check(
         ("repetition_penalty", repetition_penalty, (0, infinity), {"is_above": True}),
     ):
         _check_parameter(name, value, logits, limits, validate=validate, **options)
+    if isinstance(top_k, int) and top_k >= 2**63:
+        raise ValueError(f"top_k: must be a 64-bit integer, got {top_k}")
     if previous_tokens is not None:
         checks.has_dtype("previous_tokens", previous_tokens, (torch.int64,))
         checks.has_dims("previous_tokens", previous_tokens, "batch tokens")
