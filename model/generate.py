@@ -280,6 +280,9 @@ class _Run:
             "seed": seed,
         }
         self._stop = [string for string in ([stop] if isinstance(stop, str) else stop) if string]
+        for string in self._stop:
+            if not isinstance(string, str):
+                raise TypeError(f"stop: must be text or texts, got {type(string).__name__}")
         if self._stop and model.tokenizer is None:
             raise ValueError("stop: the model has no tokenizer, so there is no text to look at")
         self._end_ids = model.tokenizer.eos_ids if model.tokenizer and not ignore_eos else ()

@@ -295,6 +295,7 @@ def test_a_conversation_becomes_a_prompt(tiny):
         ([1], {"chunk_size": "8"}, "chunk_size: must be an int, got str"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens: must be >= 1, got 0"),
         ([1], {"chunk_size": 0}, "chunk_size: must be >= 1, got 0"),
+        ([1], {"stop": ["x", 5]}, "stop: must be text or texts, got int"),
         ([1], {"top_p": 0.0}, "top_p: must be > 0"),
     ],
 )

@@ -4,7 +4,9 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -181,6 +183,12 @@ def test_truncating_into_a_shared_page_copies_it_before_the_next_write():
         (lambda a: a.append(0, [1]), "seqs: must be a sequence of ints, got 0"),
         (lambda a: a.append([0], 1), "counts: must be a sequence of ints, got 1"),
         (lambda a: a.append([0, 9], [1, 1]), "seq: there is no sequence 9"),
+        (lambda a: a.append([0], [1.5]), "counts: must be an int, got float"),
+        (lambda a: a.append(["0"], [1]), "seqs: must be an int, got str"),
+        (lambda a: a.append([0], [[1]]), "counts: must be an int, got list"),
+        (lambda a: a.pages("0"), "seq: must be an int, got str"),
+        (lambda a: a.truncate(0, 1.0), "length: must be an int, got float"),
+        (lambda a: PageAllocator(4.0, 4), "num_pages: must be an int, got float"),
         (lambda a: a.truncate(0, 4), "length: must be from 0 to 3, sequence 0's, got 4"),
         (lambda a: a.truncate(0, -1), "length: must be from 0 to 3, sequence 0's, got -1"),
     ],
@@ -192,6 +200,20 @@ def test_names_the_bad_argument(call, message):
         call(allocator)
     assert allocator.length(0) == 3
     assert allocator.num_free_pages == 2
+
+
+@pytest.mark.parametrize("number", [np.int64, lambda n: torch.tensor(n)], ids=["numpy", "torch"])
+def test_takes_the_integers_of_arrays_and_keeps_ints(number):
+    allocator = PageAllocator(num_pages=4, page_size=2)
+    seq = allocator.add_sequence()
+    assert allocator.append([number(seq)], [number(3)]) == ([0, 1, 2], [])
+    assert type(allocator.length(number(seq))) is int
+    allocator.truncate(number(seq), number(1))
+    assert allocator.append([seq], [1]).slots == [1]
+    assert list(allocator.pages(allocator.fork(number(seq)))) == [0]
+    allocator.free(number(seq))
+    with pytest.raises(ValueError, match="seq: 0 has been freed"):
+        allocator.length(number(seq))
 
 
 def test_needs_no_torch():

@@ -10,11 +10,12 @@ Source: Kwon et al., PagedAttention, 2023 (arXiv:2309.06180), sections 4.2 to 4.
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 
 class OutOfPages(RuntimeError):
@@ -62,7 +63,7 @@ class PageAllocator:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if value < 1:
+            if _integer(name, value) < 1:
                 raise ValueError(f"{name}: must be >= 1, got {value}")
         self.num_pages = num_pages
         self.page_size = page_size
@@ -91,11 +92,11 @@ class PageAllocator:
     def free(self, seq: int) -> None:
         """Forget a sequence; pages that no other holds are free again."""
         self._release(self._find(seq).pages)
-        del self._sequences[seq]
+        del self._sequences[operator.index(seq)]
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens from `length` on, such as drafts that were rejected."""
-        sequence = self._find(seq)
+        sequence, length = self._find(seq), _integer("length", length)
         if not 0 <= length <= sequence.length:
             raise ValueError(
                 f"length: must be from 0 to {sequence.length}, sequence {seq}'s, got {length}"
@@ -115,6 +116,9 @@ class PageAllocator:
         for name, numbers in (("seqs", seqs), ("counts", counts)):
             if isinstance(numbers, int):
                 raise TypeError(f"{name}: must be a sequence of ints, got {numbers}")
+        # Before anything changes: a count that cannot be added would leave half of an append.
+        seqs = [_integer("seqs", seq) for seq in seqs]
+        counts = [_integer("counts", count) for count in counts]
         if len(seqs) != len(counts):
             raise ValueError(f"counts: must be as many as seqs, {len(seqs)}, got {len(counts)}")
         if len(set(seqs)) != len(seqs):
@@ -153,6 +157,7 @@ class PageAllocator:
         return seq
 
     def _find(self, seq: int) -> _Sequence:
+        seq = _integer("seq", seq)
         sequence = self._sequences.get(seq)
         if sequence is None:
             was_freed = 0 <= seq < self._next_sequence
@@ -203,3 +208,11 @@ class PageAllocator:
             slots.extend(range(first, first + taken))
             position += taken
         sequence.length = end
+
+
+def _integer(name: str, value: SupportsIndex) -> int:
+    """An int, of NumPy's or a tensor of one element too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: must be an int, got {type(value).__name__}") from None
