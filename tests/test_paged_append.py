@@ -103,6 +103,26 @@ def test_a_token_gets_the_same_bytes_whatever_it_is_appended_with(format):
         assert torch.equal(by_slot(x), by_slot(apart[name]))
 
 
+@pytest.mark.parametrize("backend", ["auto", "cpu", "naive"])
+@pytest.mark.parametrize("changed", ["k_cache", "block_table", "cache_seqlens"])
+def test_a_gradient_notices_what_was_written_since(backend, changed):
+    inputs = Inputs()
+    cache = caches(torch.float32)
+    k, v, q = inputs.randn(4, 2, 8), inputs.randn(4, 2, 6), inputs.randn(1, 2, 8).requires_grad_()
+    tilewise.append_kv(k, v, **cache, slot_mapping=slots(0, 1, 2, 3))
+    places = {
+        "block_table": torch.tensor([[0, 1]], dtype=torch.int32),
+        "cache_seqlens": torch.tensor([4], dtype=torch.int32),
+    }
+    out = tilewise.paged_attention(q, **cache, **places)
+    if changed == "k_cache":
+        tilewise.append_kv(k, v, **cache, slot_mapping=slots(3, 2, 1, 0), backend=backend)
+    else:
+        places[changed].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_what_is_appended_is_what_attention_reads():
     inputs = Inputs()
     k, v, q = inputs.randn(7, 2, 8), inputs.randn(7, 2, 6), inputs.randn(1, 4, 8)

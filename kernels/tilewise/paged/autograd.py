@@ -83,8 +83,8 @@ class _PagedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        _, *differentiable, ctx.places, ctx.options, _ = arguments
-        ctx.save_for_backward(*differentiable)
+        _, *differentiable, places, ctx.options, _ = arguments
+        ctx.save_for_backward(*differentiable, *places)
         return _forward(*arguments)
 
     @staticmethod
@@ -92,13 +92,14 @@ class _PagedAttention(torch.autograd.Function):
     def backward(
         ctx: Any, saved: Saved, grad_out: torch.Tensor, grad_lse: torch.Tensor
     ) -> tuple[Any, ...]:
-        block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale = ctx.places
+        differentiable, places = saved[:5], saved[5:]
+        block_table, cache_seqlens, cu_seqlens_q, k_scale, v_scale = places
         causal, scale, left, right, softcap, alibi_slopes = ctx.options
         needed = ctx.needs_input_grad[1:6]
         with torch.enable_grad():
             leaves: list[Any] = [
                 x if x is None else x.detach().requires_grad_(need)
-                for x, need in zip(saved, needed, strict=True)
+                for x, need in zip(differentiable, needed, strict=True)
             ]
             q, k_cache, v_cache, sinks, bias = leaves
             results = naive.paged_attention(

@@ -13,7 +13,7 @@ from tilewise.fused.tables import RotaryTables
 from tilewise.library import needs_grad
 from tilewise.paged import kv_formats
 from tilewise.paged.autograd import why_not_gradient
-from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION
+from tilewise.paged.operators import APPEND_KV, PAGED_ATTENTION, written
 
 
 def why_not_paged_attention(
@@ -136,7 +136,10 @@ def append_kv_plainly(
     if operators is None:
         return False
     rotation = (cos, sin, interleaved, positions)
-    return bool(cpu.plainly(operators.plain_append_kv, *tensors, *rotation, *scales))
+    is_done = bool(cpu.plainly(operators.plain_append_kv, *tensors, *rotation, *scales))
+    if is_done:
+        written(*tensors[2:4], *scales)
+    return is_done
 
 
 @APPEND_KV.kernel("cpu")
@@ -166,3 +169,4 @@ def _append_kv_kernel(
         k_scale,
         v_scale,
     )
+    written(k_cache, v_cache, k_scale, v_scale)

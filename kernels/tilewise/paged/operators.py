@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
 from tilewise.fused.naive import compute_dtype
 from tilewise.fused.tables import RotaryTables
@@ -98,6 +99,11 @@ APPEND_KV = Contract(
     "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()",
     _fake_append_kv,
 )
+
+
+def written(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that a kernel wrote to these, so that it uses nothing that it saved of them."""
+    increment_version([x for x in tensors if x is not None])
 
 
 @APPEND_KV.kernel("naive")

@@ -9,7 +9,7 @@ import torch
 from tilewise import gpu
 from tilewise.library import needs_grad
 from tilewise.paged.native import why_not_cache
-from tilewise.paged.operators import APPEND_KV
+from tilewise.paged.operators import APPEND_KV, written
 from tilewise.paged.triton import FLOAT, FORMATS, stored
 from tilewise.paged.triton_configs import power_of_two
 
@@ -93,6 +93,7 @@ def _append_kv(
         # A product is rounded before it is added, as in the definition.
         enable_fp_fusion=False,
     )
+    written(k_cache, v_cache, k_scale, v_scale)
 
 
 _APPEND_TILE = 2048  # elements that a program writes at most, of keys
