@@ -123,6 +123,24 @@ def test_a_gradient_notices_what_was_written_since(backend, changed):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "naive"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_key_at_a_position_outside_the_tables_is_nan(backend, interleaved):
+    positions = torch.tensor([3, -1, 10, 2**62, -(2**63)])
+    inputs = Inputs()
+    cache = caches(torch.float32)
+    k, v = inputs.randn(5, 2, 8), inputs.randn(5, 2, 6)
+    tables = tilewise.rotary_tables(8, 10, interleaved=interleaved)
+    where = slots(0, 1, 2, 3, 4)
+    tilewise.append_kv(
+        k, v, **cache, slot_mapping=where, rotary=tables, positions=positions, backend=backend
+    )
+    of_slots = cache["k_cache"].flatten(0, 1)[:5]
+    assert of_slots[0].isfinite().all()
+    assert of_slots[1:].isnan().all()
+    assert torch.equal(cache["v_cache"].flatten(0, 1)[:5], v)
+
+
 def test_what_is_appended_is_what_attention_reads():
     inputs = Inputs()
     k, v, q = inputs.randn(7, 2, 8), inputs.randn(7, 2, 6), inputs.randn(1, 4, 8)

@@ -38,8 +38,9 @@ void write_row(const float* row, int64_t n, T* out) {
 template <class T>
 void rotate(const AppendKV& a, int64_t position, float* row) {
   const bool is_inside = position >= 0 && position < a.table_rows;
-  const float* cos = a.cos + position * a.cos_stride;
-  const float* sin = a.sin + position * a.sin_stride;
+  const int64_t at = is_inside ? position : 0;  // no pointer far from the tables is made
+  const float* cos = a.cos + at * a.cos_stride;
+  const float* sin = a.sin + at * a.sin_stride;
   if (is_inside && !a.interleaved) {
     const T* stored = nullptr;
     for_vectors(a.pairs, [&](int64_t i, auto part, int) {
