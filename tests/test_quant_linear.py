@@ -2,13 +2,14 @@
 
 import copy
 import re
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from tilewise import quantized_matmul
+from tilewise import native, quantized_matmul
 from tilewise.quant import QuantLinear, quantize, quantize_
 
 
@@ -49,6 +50,25 @@ def test_a_layer_is_its_own_model():
     assert not layer.training
     x = torch.ones(2, 3, 64)
     assert torch.equal(layer(x), quantized_matmul(x, layer.weight, linear.bias))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mxfp4"])
+def test_no_other_thread_finds_half_of_a_layout(scheme):
+    """Whenever it runs, all parts lie in rows, or all in panels, to which the first call turns."""
+    layer = QuantLinear(quantize(torch.randn(40, 64), scheme))
+    found = []
+
+    def look(frame, event, arg):
+        found.append(layer.weight.is_panels)  # raises where the parts do not fit together
+        return look
+
+    sys.settrace(look)
+    try:
+        layer(torch.ones(2, 64))
+    finally:
+        sys.settrace(None)
+    assert found[-1] == (native.why_not_cpu() is None)
+    assert not found[0]
 
 
 def test_the_filter_decides_by_name_and_layer(model):

@@ -77,7 +77,8 @@ class QuantLinear(nn.Module):
         is_held = weight is not None and weight.data is buffers["data"]
         if weight is None or not is_held or weight.scales is not buffers["scales"]:
             shape = (self.out_features, self.in_features)
-            parts = (self.data, self.scales, self.zeros)
+            held = buffers.copy()  # see `_hold`
+            parts: list[Any] = [held[name] for name in _PARTS]
             weight = self._weight = QuantizedTensor(self.format, shape, self.group_size, *parts)
         return weight
 
@@ -112,8 +113,11 @@ class QuantLinear(nn.Module):
         return weight if laid_out is weight else self._hold(laid_out)
 
     def _hold(self, weight: QuantizedTensor) -> QuantizedTensor:
-        for name in _PARTS:
-            setattr(self, name, getattr(weight, name))
+        # In one step, as it is read: another thread must not find the data of one layout and the
+        # scales of another. `before` lives on, for a deleted tensor may let other threads in.
+        before = self._buffers.copy()
+        self._buffers.update({name: getattr(weight, name) for name in _PARTS})
+        del before
         return weight
 
     def extra_repr(self) -> str:
