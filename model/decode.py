@@ -146,7 +146,16 @@ class Decoder:
         self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=device)
         self._attempts = 0
         self._graph: CpuGraph | None = None
-        self._circumstances: tuple[object, ...] = ()
+        self._recorded_in: tuple[object, ...] = ()
+        modules = list(gpt.modules())
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._weights = [
+            (held, name)
+            for module in modules
+            for held in (module._parameters, module._buffers)
+            for name, x in held.items()
+            if x is not None
+        ]
         self._result = torch.empty(0)
         self.why_not_recorded: str | None = None
 
@@ -251,16 +260,25 @@ class Decoder:
                 self.why_not_recorded = str(error)
             else:
                 self.why_not_recorded = None
-                self._circumstances = _circumstances()
+                self._recorded_in = self._circumstances()
 
     def _recorded(self) -> CpuGraph | None:
-        """The recording, if there can be one and the model would call the same kernels now."""
+        """The recording, if there can be one and the model would do the same now."""
+        if any(self._hooks):
+            self.why_not_recorded = "a forward hook is to see every call"
+            return None
         if self._graph is None:
             self._record()
-        return self._graph if self._circumstances == _circumstances() else None
+        return self._graph if self._recorded_in == self._circumstances() else None
 
+    def _circumstances(self) -> tuple[object, ...]:
+        """What decides, besides its arguments, what a step calls and reads.
 
-def _circumstances() -> tuple[object, ...]:
-    """What decides, besides its arguments, which kernels a step calls: backends and autocast."""
-    is_cast = torch.is_autocast_enabled("cpu")
-    return requests(), torch.get_autocast_dtype("cpu") if is_cast else None
+        A recording holds addresses: where a weight was that has been replaced, anything may be.
+        """
+        is_cast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_cast else None
+        places = [
+            0 if (x := held.get(name)) is None else x.data_ptr() for held, name in self._weights
+        ]
+        return requests(), dtype, places

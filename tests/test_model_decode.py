@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -146,6 +147,35 @@ def test_a_recording_is_not_replayed_where_other_kernels_would_run(gpt, monkeypa
     with elsewhere():
         decoder.step([sequence], [5])
     assert called
+
+
+@needs_cpu
+def test_a_recording_is_not_replayed_on_weights_that_were_replaced(gpt):
+    gpt = copy.deepcopy(gpt)
+    config = gpt.config
+    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
+    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
+    for token in range(4):
+        decoder.step([sequence], [token])
+    for parameter in gpt.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert not decoder.step([sequence], [4]).any()  # nothing is left of the last norm
+
+
+@needs_cpu
+def test_a_forward_hook_sees_every_step(gpt):
+    config = gpt.config
+    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
+    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
+    for token in range(4):
+        decoder.step([sequence], [token])
+    seen = []
+    handle = gpt.blocks[0].register_forward_hook(lambda *args: seen.append(args))
+    for token in range(4, 8):
+        decoder.step([sequence], [token])
+    handle.remove()
+    assert len(seen) == 4
+    assert "hook" in decoder.why_not_recorded
 
 
 @needs_cpu
