@@ -33,9 +33,9 @@ constexpr int ROWS_AT_ONCE = DIGITS == 1 ? 6 : DIGITS == 2 ? 4 : 3;
 // A block of a panel. A *unit* is what shares a scale within a strip: all of it, or half. What a span
 // of units shares stands at its first one.
 struct Block {
-  I32 codes[BLOCK * QUADS];
-  I32 start[BLOCK * 2];
-  F32 scale[BLOCK * 2], shift[BLOCK * 2], zero[BLOCK * 2];
+  I32 codes[MOST_STRIPS * QUADS];
+  I32 start[MOST_STRIPS * 2];
+  F32 scale[MOST_STRIPS * 2], shift[MOST_STRIPS * 2], zero[MOST_STRIPS * 2];
 };
 
 // What is left of a format here. KEEPS_ZERO: code and zero are too far apart for a byte.
@@ -183,7 +183,7 @@ int span_of(const QuantizedMatmul& call, int digits) {
   const QuantizedWeight& w = call.weight;
   if (!w.scales) return 1;  // a GGUF format
   // Several digits are as fine as the largest of a span: for float32 it must not be long.
-  const int64_t most = digits == 1 ? BLOCK : digits == 2 ? 2 : 1;
+  const int64_t most = digits == 1 ? LONGEST_SPAN : digits == 2 ? 2 : 1;
   if (w.group_strips >= strips_of(w.depth)) return static_cast<int>(most);
   return static_cast<int>(std::min(w.group_strips & -w.group_strips, most));
 }
@@ -203,8 +203,8 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
         const auto blocks = make_workspace<Block>(PAIR);
         for (int64_t m = 0; m < all; m += MOST_ROWS) {
           const int64_t rows = std::min(all - m, MOST_ROWS);
-          for (int64_t first = 0; first < strips; first += BLOCK) {
-            const int deep = static_cast<int>(std::min(strips - first, BLOCK));
+          for (int64_t first = 0; first < strips; first += x.deep()) {
+            const int deep = static_cast<int>(std::min(strips - first, x.deep()));
             const RowBlock<DIGITS>* row = x.block(first) + segment.begin + m;
             for (int i = 0; i < count; i += PAIR) {
               const bool is_pair = i + 1 < count;

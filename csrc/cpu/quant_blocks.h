@@ -13,27 +13,38 @@
 
 namespace tilewise {
 
-constexpr int64_t BLOCK = 8;  // strips
-constexpr int OFFSET = 128;   // what a code is more than its digit
+// Strips of a block at most: with the codes of two panels and what stands beside them 25 KB, which the
+// first-level cache holds. With several digits as many of them, so that x takes no more room.
+constexpr int MOST_STRIPS = 18;
+template <int DIGITS>
+constexpr int BLOCK = MOST_STRIPS / DIGITS / 2 * 2;
+constexpr int LONGEST_SPAN = 8;  // strips that share a scale
+
+constexpr int OFFSET = 128;  // what a code is more than its digit
 constexpr int32_t ONES = 0x01010101, OFFSETS = static_cast<int32_t>(uint32_t{OFFSET} * ONES);
 
 template <int DIGITS>
 struct alignas(64) RowBlock {
-  uint8_t codes[DIGITS][BLOCK * STRIP];
-  float scale[BLOCK];         // of the last digit, by strip
-  float totals[BLOCK * 2];    // of x by unit, a strip or half of one; of a span at its first unit
-  float sums[BLOCK][DIGITS];  // of the digits of a span
+  uint8_t codes[DIGITS][BLOCK<DIGITS> * STRIP];
+  float scale[BLOCK<DIGITS>];       // of the last digit, by strip
+  float totals[BLOCK<DIGITS> * 2];  // of x by unit, a strip or half of one; of a span at its first
+  float sums[BLOCK<DIGITS>][DIGITS];  // of the digits of a span
 };
 
 template <int DIGITS>
 class RowBlocks {
  public:
-  // `groups` units of a strip; or `span` strips, a power of two, that share all scales.
+  // `groups` units of a strip; or `span` strips, a power of two up to LONGEST_SPAN, that share all
+  // scales.
   RowBlocks(const QuantizedMatmul& call, int groups, int span)
       : rows_(call.rows), groups_(groups), span_(span) {
     const int64_t strips = strips_of(call.weight.depth), filled = round_up(strips, TOGETHER);
     shared_ = DIGITS == 1 ? activation_strips(call) : span;
-    data_ = make_workspace<RowBlock<DIGITS>>(rows_ * ((strips + BLOCK - 1) / BLOCK));
+    // As few blocks as can be, of one depth, with whole spans and whole pairs of strips.
+    const int64_t unit = std::max(span, 2), most = BLOCK<DIGITS> / unit * unit;
+    const int64_t blocks = std::max<int64_t>((strips + most - 1) / most, 1);
+    deep_ = std::max(round_up((strips + blocks - 1) / blocks, unit), unit);
+    data_ = make_workspace<RowBlock<DIGITS>>(rows_ * blocks);
     std::atomic<bool> possible{true};
     const int64_t each = rows_per_task(strips * STRIP);
     parallel((rows_ + each - 1) / each, [&](int64_t task) {
@@ -53,7 +64,9 @@ class RowBlocks {
   }
 
   // All rows of the block that begins with strip `first`.
-  const RowBlock<DIGITS>* block(int64_t first) const { return data_.get() + first / BLOCK * rows_; }
+  const RowBlock<DIGITS>* block(int64_t first) const { return data_.get() + first / deep_ * rows_; }
+  // Strips of a block; the last one may have fewer.
+  int64_t deep() const { return deep_; }
 
   bool is_possible;  // false if a row has no digits
 
@@ -70,12 +83,14 @@ class RowBlocks {
     alignas(64) float of_both[TOGETHER], last_scales[TOGETHER];
     const F32 scale = load(scales);
     store(inverses, select_equal(scale, F32::zero(), F32::zero(), F32::all(1) / scale));
-    RowBlock<DIGITS>* blocks[2] = {&data_[first / BLOCK * rows_ + m], nullptr};
-    blocks[1] = blocks[0] + rows_;
+    RowBlock<DIGITS>* const begin = &data_[first / deep_ * rows_ + m];
+    const int begin_at = static_cast<int>(first % deep_);
 
     I32 strips[DIGITS][TOGETHER / 2];  // sums of four codes each, two strips in a vector
     for (int d = 0; d < DIGITS; ++d) std::fill_n(strips[d], TOGETHER / 2, I32::zero());
-    for (int i = 0; i < count; i += 2) {
+    RowBlock<DIGITS>* to = begin;
+    for (int i = 0, at = begin_at; i < count; i += 2, at += 2) {
+      if (at == deep_) to += rows_, at = 0;
       F32 rest[4];
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
@@ -93,7 +108,7 @@ class RowBlocks {
         }
         const I32 codes = to_bytes(digit);
         strips[d][i / 2] = dot_bytes(I32::zero(), I32::all(ONES), codes);
-        store_int(blocks[i / BLOCK]->codes[d] + i % BLOCK * STRIP, codes ^ I32::all(OFFSETS));
+        store_int(to->codes[d] + at * STRIP, codes ^ I32::all(OFFSETS));
       }
     }
     F32 total[2] = {F32::zero(), F32::zero()};
@@ -108,35 +123,37 @@ class RowBlocks {
     for (int h = 0; h < 2; ++h) store(of_half[h], total[h] * scale);
     store(of_both, (total[0] + total[1]) * scale);
     store(last_scales, scale / F32::all(LAST));
-    for (int i = 0; i < count; i += BLOCK) {
-      fill(last_scales + i, of_strip, of_half, of_both + i, i, *blocks[i / BLOCK]);
+    to = begin;
+    for (int i = 0, at = begin_at, here; i < count; i += here, at = 0, to += rows_) {
+      here = static_cast<int>(std::min<int64_t>(count - i, deep_ - at));
+      fill(i, here, last_scales, of_strip, of_half, of_both, at, *to);
     }
   }
 
-  // What stands beside the codes of a block.
-  void fill(const float* scales, const float (&of_strip)[DIGITS][TOGETHER],
+  // What stands beside the codes: of `count` strips from `i` on, which are a block's from `at` on.
+  void fill(int i, int count, const float* scales, const float (&of_strip)[DIGITS][TOGETHER],
             const float (&of_half)[2][TOGETHER], const float* of_both, int at,
             RowBlock<DIGITS>& to) const {
-    std::copy_n(scales, BLOCK, to.scale);
-    for (int s = 0; s < BLOCK; ++s) {
-      for (int d = 0; d < DIGITS; ++d) to.sums[s][d] = of_strip[d][at + s];
+    std::copy_n(scales + i, count, to.scale + at);
+    for (int s = 0; s < count; ++s) {
+      for (int d = 0; d < DIGITS; ++d) to.sums[at + s][d] = of_strip[d][i + s];
     }
     if (groups_ == 2) {
-      for (int s = 0; s < BLOCK; ++s) {
-        for (int h = 0; h < 2; ++h) to.totals[2 * s + h] = of_half[h][at + s];
+      for (int s = 0; s < count; ++s) {
+        for (int h = 0; h < 2; ++h) to.totals[2 * (at + s) + h] = of_half[h][i + s];
       }
       return;
     }
-    std::copy_n(of_both, BLOCK, to.totals);
-    for (int begin = 0; span_ > 1 && begin < BLOCK; begin += span_) {
-      for (int s = begin + 1; s < begin + span_; ++s) {
+    std::copy_n(of_both + i, count, to.totals + at);
+    for (int begin = at; span_ > 1 && begin < at + count; begin += span_) {
+      for (int s = begin + 1; s < std::min(begin + span_, at + count); ++s) {
         to.totals[begin] += to.totals[s];
         for (int d = 0; d < DIGITS; ++d) to.sums[begin][d] += to.sums[s][d];
       }
     }
   }
 
-  int64_t rows_, shared_;
+  int64_t rows_, shared_, deep_;
   int groups_, span_;
   Workspace<RowBlock<DIGITS>> data_;
 };
