@@ -13,11 +13,12 @@
 
 namespace tilewise {
 
-// Strips of a block at most: with the codes of two panels and what stands beside them 25 KB, which the
-// first-level cache holds. With several digits as many of them, so that x takes no more room.
+// Strips of a block at most. The codes of 18 strips of two panels and what stands beside them are 25 KB,
+// which the first-level cache holds. With several digits there are fewer, so that 768 rows of x take
+// about as much of the second level.
 constexpr int MOST_STRIPS = 18;
 template <int DIGITS>
-constexpr int BLOCK = MOST_STRIPS / DIGITS / 2 * 2;
+constexpr int BLOCK = DIGITS == 1 ? MOST_STRIPS : 24 / DIGITS;
 constexpr int LONGEST_SPAN = 8;  // strips that share a scale
 
 constexpr int OFFSET = 128;  // what a code is more than its digit
