@@ -1,7 +1,7 @@
 // One block of the backward pass in products of bfloat16 pairs (AVX-512). What it is part of:
 // attention_backward_rows.h.
 //
-// vpdpbf16ps adds two products an instruction, so all five products take half of what they take in
+// vdpbf16ps adds two products an instruction, so all five products take half of what they take in
 // float32. Each sums over pairs of something: of dimensions (S, dP), of queries (dV, dK) or of keys
 // (dQ). So Q, K and dO are there as rows, zipped by two rows, or turned, and P and dS are rounded to
 // bfloat16 and zipped by two queries as they are made.

@@ -1,6 +1,6 @@
 // The matrix engine of prefill attention for bfloat16 on AVX-512 without AMX (see attention_engine.h).
 //
-// vpdpbf16ps multiplies two pairs of bfloat16 and adds both products, in as many cycles as a float32
+// vdpbf16ps multiplies two pairs of bfloat16 and adds both products, in as many cycles as a float32
 // multiply-add takes: twice the work, from half the bytes. To gemm.h a pair is one element: pairs of
 // a query's or key's dimensions in the product of scores, pairs of keys in the other one. Keys are
 // turned like float32 ones, since a row of bfloat16 is a row of pairs as it lies.
