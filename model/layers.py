@@ -19,6 +19,7 @@ __all__ = [
     "HeadNorm",
     "Norm",
     "QuantEmbedding",
+    "Router",
     "RowBlocks",
     "TiedHead",
     "Weight",
@@ -130,13 +131,21 @@ def project_heads(
     return [part.unflatten(-1, (-1, head_dim)) for part in parts]
 
 
+class Router(nn.Linear):
+    """What picks among experts: a linear layer that rounds nothing and that `quantize_` leaves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, dim) -> logits (tokens, experts), float32 at least."""
+        return router_logits(x, self.weight)
+
+
 class Experts(nn.Module):
     """The feed-forward networks of a mixture of experts, and the router that picks among them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.top_k = config.experts_per_token
-        self.router = nn.Linear(config.dim, config.experts, bias=False)
+        self.router = Router(config.dim, config.experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(config.experts, 2 * config.ffn_dim, config.dim))
         self.down = nn.Parameter(torch.empty(config.experts, config.dim, config.ffn_dim))
 
@@ -146,11 +155,7 @@ class Experts(nn.Module):
             weight = getattr(self, name)
             if isinstance(weight, QuantizedTensor):
                 setattr(self, name, laid_out_for(tokens, weight))
-        if type(self.router) is nn.Linear:  # a file, or whoever adapts it, may put another there
-            logits = router_logits(tokens, self.router.weight)
-        else:
-            logits = self.router(tokens)
-        y = moe(tokens, logits, self.gate_up, self.down, top_k=self.top_k)
+        y = moe(tokens, self.router(tokens), self.gate_up, self.down, top_k=self.top_k)
         return y.view(x.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -160,19 +165,24 @@ class Experts(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def linear(blocks: list[Weight], bias: torch.Tensor | None = None) -> nn.Module:
-    """A projection with these blocks of rows, each (rows, in_features)."""
+def linear(
+    blocks: list[Weight], bias: torch.Tensor | None = None, kind: type[nn.Linear] = nn.Linear
+) -> nn.Module:
+    """A projection with these blocks of rows, each (rows, in_features).
+
+    `kind` is the layer of those that are not quantized.
+    """
     biases = [None] * len(blocks)
     if bias is not None:
         biases = list(bias.split([block.shape[0] for block in blocks]))
-    modules = [_linear(block, part) for block, part in zip(blocks, biases, strict=True)]
+    modules = [_linear(block, part, kind) for block, part in zip(blocks, biases, strict=True)]
     return modules[0] if len(modules) == 1 else RowBlocks(modules)
 
 
-def _linear(weight: Weight, bias: torch.Tensor | None) -> nn.Module:
+def _linear(weight: Weight, bias: torch.Tensor | None, kind: type[nn.Linear]) -> nn.Module:
     if isinstance(weight, QuantizedTensor):
         return QuantLinear(weight, bias)
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     module.weight = _parameter(weight)
     if bias is not None:
         module.bias = _parameter(bias)
@@ -197,7 +207,7 @@ def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
     module = model.get_submodule(path)
     if isinstance(module, nn.Linear):
         bias = torch.cat(weights["bias"]) if "bias" in weights else None  # type: ignore[arg-type]
-        model.set_submodule(path, linear(weights["weight"], bias))
+        model.set_submodule(path, linear(weights["weight"], bias, type(module)))
         return
     for name, (weight,) in weights.items():
         if isinstance(weight, torch.Tensor):

@@ -217,8 +217,7 @@ def requantized(gpt: GPT, scheme: str, act: str | None = None) -> GPT:
     """
     shared = {id(tensor): tensor for tensor in (*gpt.parameters(), *gpt.buffers())}
     twin = copy.deepcopy(gpt, shared)
-    routers = {f"{path}.router" for path, m in twin.named_modules() if isinstance(m, Experts)}
-    quantize_(twin, scheme, filter=lambda name, _: name not in routers)
+    quantize_(twin, scheme)
     for path, module in list(twin.named_modules()):
         if isinstance(module, Experts):
             weights: dict[str, list[Weight]] = {

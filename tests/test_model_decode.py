@@ -16,6 +16,7 @@ from tilewise import native
 from tilewise.graph import CpuGraph
 from tilewise.model import generate, load
 from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
+from tilewise.model.layers import put
 from tilewise.paged import PagedKVCache
 
 needs_cpu = pytest.mark.skipif(
@@ -120,8 +121,10 @@ def test_experts_that_are_not_recorded_say_why(tmp_path, file, backends, what):
 def test_a_quantized_router_is_recorded_too(tmp_path):
     gpt = load(write_llama_gguf(tmp_path / "moe.gguf", experts=4)).gpt
     expected, _ = decoded(gpt, steps=3)
-    gpt = tilewise.quantize_(gpt, "int8")
-    assert isinstance(gpt.blocks[0].ffn.router, tilewise.QuantLinear)
+    for i, block in enumerate(gpt.blocks):
+        weight = tilewise.quantize(block.ffn.router.weight, "int8")
+        put(gpt, f"blocks.{i}.ffn.router", {"weight": [weight]})
+        assert isinstance(block.ffn.router, tilewise.QuantLinear)
     actual, decoder = decoded(gpt, steps=3)
     assert decoder.why_not_recorded is None
     assert not torch.equal(actual[-1], expected[-1])

@@ -155,17 +155,28 @@ class _Linear(torch.autograd.Function):
         ctx: Any, saved: Saved, grad: torch.Tensor
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         x, weight = saved
-        grad_x = ctx.linear(grad, weight.float().mT)
-        grad_weight = ctx.linear(grad.mT, x.float().mT)
-        return None, grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+        return None, ctx.linear(grad, weight.mT), ctx.linear(grad.mT, x.mT)
 
 
-class _RouterLogits(_Linear):
-    """The same of x and a weight of any dtype, with the kernel that inference has."""
+class _RouterLogits(torch.autograd.Function):
+    """x weight^T in float32; the gradients' products are the same operation."""
 
     @staticmethod
     def forward(ctx: Any, backend: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.linear = _KERNELS[backend].linear
+        ctx.backend = backend
         logits: torch.Tensor = ROUTER_LOGITS(x, weight, backend)
         return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, saved: Saved, grad: torch.Tensor
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        x, weight = saved
+        _, needs_x, needs_weight = ctx.needs_input_grad
+        grad_x = ROUTER_LOGITS(grad, weight.mT, ctx.backend).to(x.dtype) if needs_x else None
+        grad_weight = None
+        if needs_weight:
+            grad_weight = ROUTER_LOGITS(grad.mT, x.mT, ctx.backend).to(weight.dtype)
+        return None, grad_x, grad_weight
