@@ -52,6 +52,16 @@ def decoded(gpt, steps: int = 12, size: int = 2) -> tuple[list[torch.Tensor], De
     return logits, decoder
 
 
+def started(gpt) -> tuple[Decoder, int]:
+    """A decoder that has taken four steps of one sequence, and the sequence."""
+    config = gpt.config
+    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
+    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
+    for token in range(4):
+        decoder.step([sequence], [token])
+    return decoder, sequence
+
+
 @needs_cpu
 def test_replayed_steps_are_the_models_own(gpt, monkeypatch):
     actual, decoder = decoded(gpt)
@@ -138,11 +148,7 @@ def test_a_quantized_router_is_recorded_too(tmp_path):
     ids=["backend", "autocast"],
 )
 def test_a_recording_is_not_replayed_where_other_kernels_would_run(gpt, monkeypatch, elsewhere):
-    config = gpt.config
-    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
-    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
-    for token in range(4):
-        decoder.step([sequence], [token])
+    decoder, sequence = started(gpt)
     called = []
     monkeypatch.setattr(gpt, "forward", lambda *args: called.append(args) or torch.zeros(1, 1))
     decoder.step([sequence], [4])
@@ -155,11 +161,7 @@ def test_a_recording_is_not_replayed_where_other_kernels_would_run(gpt, monkeypa
 @needs_cpu
 def test_a_recording_is_not_replayed_on_weights_that_were_replaced(gpt):
     gpt = copy.deepcopy(gpt)
-    config = gpt.config
-    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
-    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
-    for token in range(4):
-        decoder.step([sequence], [token])
+    decoder, sequence = started(gpt)
     for parameter in gpt.parameters():
         parameter.data = torch.zeros_like(parameter)
     assert not decoder.step([sequence], [4]).any()  # nothing is left of the last norm
@@ -167,11 +169,7 @@ def test_a_recording_is_not_replayed_on_weights_that_were_replaced(gpt):
 
 @needs_cpu
 def test_a_forward_hook_sees_every_step(gpt):
-    config = gpt.config
-    cache = PagedKVCache(config.layers, 8, 4, config.kv_heads, config.head_dim)
-    sequence, decoder = cache.add_sequence(), Decoder(gpt, cache, 1)
-    for token in range(4):
-        decoder.step([sequence], [token])
+    decoder, sequence = started(gpt)
     seen = []
     handle = gpt.blocks[0].register_forward_hook(lambda *args: seen.append(args))
     for token in range(4, 8):
