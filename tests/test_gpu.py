@@ -66,7 +66,7 @@ def test_says_that_triton_is_missing(interpreted, monkeypatch):
 @pytest.mark.filterwarnings("error:.*lru_cache")  # that Dynamo looks through one
 def test_is_asked_while_a_call_is_traced(monkeypatch):
     """On tensors that only say that they are on a GPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(gpu, "_why_not_gpu", gpu._why_not_gpu.__wrapped__)
     torch.compiler.reset()
     with FakeTensorMode():

@@ -80,7 +80,7 @@ def test_zeros_far_from_all_codes(act):
     check(Inputs(torch.bfloat16).randn(20, 320), weight, act)
 
 
-@pytest.mark.parametrize("rows", [2, 6, 20, 60])
+@pytest.mark.parametrize("rows", [2, 6, 20, 60, 70])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e-38])
 def test_numbers_without_digits(bad, rows):
     """A row that bytes or pairs cannot hold, among others."""

@@ -48,7 +48,7 @@ def why_not(
             return "PyTorch's fp8 product takes a scale per row, not per group"
         if 0 in (n, k, x.numel()):
             return "PyTorch's fp8 product takes no empty matrices"
-        return _why_not_scales_per_row()
+        return why_not_scales_per_row()
     if x.dtype != torch.bfloat16:
         return (
             "PyTorch's kernels are vectorized for bfloat16 only; in other dtypes they add one "
@@ -73,7 +73,7 @@ def why_not(
 
 
 @functools.cache
-def _why_not_scales_per_row() -> str | None:
+def why_not_scales_per_row() -> str | None:
     """Where AMX multiplies fp8, PyTorch 2.11 takes one scale for a whole matrix only."""
     codes = torch.zeros(16, 16).to(torch.float8_e4m3fn)
     scales = torch.ones(16, 1)

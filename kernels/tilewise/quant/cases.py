@@ -153,6 +153,13 @@ CASES = [
     _case("few-rows-int4", _product(_own("int4", PER_CHANNEL, symmetric=False), 1, 50, 96)),
     _case("few-rows-int8", _product(_own("int8", PER_CHANNEL), 2, 33, 544, residual=True)),
     _case("few-rows-int8-g64", _product(_own("int8", 64, symmetric=False), 1, 19, 4352)),
+    # So many that x need not be copied for tiles, the last of which is not full.
+    _case("many-rows", _product(_gguf("Q4_1"), 77, 50, 96, residual=True), dtypes=_BFLOAT16_FIRST),
+    _case(
+        "many-rows-swiglu",
+        _product(_INT4, 81, 96, 64, bias=True, activation="swiglu"),
+        dtypes=_BFLOAT16_FIRST,
+    ),
     _case("empty", _product(_INT4, 0, 16, 64)),
     _case("empty-batch", _product(_gguf("Q4_K"), (2, 0), 8, 256)),
     _case("bias", _product(_INT8, 3, 32, 64, bias=True), "bias"),
