@@ -78,7 +78,7 @@ GRAD_KEYS = GRAD_QUERIES | {
 GRAD_QUERIES_DESCRIPTORS = _with_descriptors((64, 64, 4, 3), (128, 64, 8, 3))
 GRAD_KEYS_DESCRIPTORS = _with_descriptors((64, 64, 4, 3), (64, 128, 8, 3))
 # Going along the heads of a group takes registers, too.
-GRAD_KEYS_GROUPED = _with_descriptors((64, 128, 8, 2), (32, 128, 8, 3))
+GRAD_KEYS_GROUPED = _with_descriptors((64, 64, 4, 3), (32, 128, 8, 3))
 # Beside a bias, slopes or a softcap, which take registers.
 GRAD_KEYS_CROWDED = _with_descriptors((32, 64, 4, 2), (32, 64, 8, 2))
 BACKWARD_FLOAT32: Table = {64: (32, 32, 8, 1), 1024: (16, 16, 8, 1)}
