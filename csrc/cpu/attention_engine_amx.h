@@ -49,11 +49,9 @@ class AmxEngineOf {
     pack_tile_turned(rows, count, v_dim_, KEY_BLOCK, out);
   }
 
-  // 16 queries have SCORE_STEP lines of 16 scores, from `begin` on, then come the next 16. (Why it
-  // is not inlined: see multiply_tiles.)
-  __attribute__((noinline)) void scores(const Element* queries, int64_t count,
-                                        const Element* keys, int64_t begin, int64_t end,
-                                        float* s) const {
+  // 16 queries have SCORE_STEP lines of 16 scores, from `begin` on, then come the next 16.
+  void scores(const Element* queries, int64_t count, const Element* keys, int64_t begin,
+              int64_t end, float* s) const {
     const int64_t depth = tile_depth_of(dim_);
     multiply_tiles<Bfloat16Products>(
         (end - begin) / TILE_HEIGHT, tile_columns_of(count), depth, false,
@@ -63,9 +61,8 @@ class AmxEngineOf {
   }
 
   // 16 queries have KEY_BLOCK / 32 tiles of weights, then come the next 16; so with their sums.
-  __attribute__((noinline)) void accumulate(const Element* weights, int64_t count,
-                                            const Element* values, int64_t begin, int64_t end,
-                                            float* out) const {
+  void accumulate(const Element* weights, int64_t count, const Element* values, int64_t begin,
+                  int64_t end, float* out) const {
     constexpr int64_t BLOCK_SIZE = KEY_BLOCK / TILE_DEPTH * TILE_SIZE;
     const int64_t rows = tile_columns_of(v_dim_);  // O^T has a row for each dimension
     multiply_tiles<Bfloat16Products>(
