@@ -60,7 +60,7 @@ _SANITIZE = (
     "-O1", "-g", "-fno-omit-frame-pointer", "-Werror",
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 )  # fmt: skip
-_EMULATE = ("-O2", "-Icsrc/emulated", *_AVX2)
+_EMULATE = ("-O1", "-Icsrc/emulated", *_AVX2)
 VARIANTS = ("", "sanitized", "emulated")
 """What a library may be other than fast.
 
