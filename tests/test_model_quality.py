@@ -127,17 +127,23 @@ def test_the_text_comes_with_the_package():
 def test_the_command(path, tmp_path, capsys):
     # A model of 256 positions: windows are as long as it takes.
     file = tmp_path / "quality.json"
-    arguments = ["--tokens", "600", "--formats", "int8", "--json", str(file), "--quiet"]
+    arguments = ["--tokens", "600", "--formats", "int8", "--dtypes", "bfloat16"]
+    arguments += ["--json", str(file), "--quiet"]
     assert main(["bench", "--quality", "--model", str(path), *arguments]) == 0
     found = json.loads(file.read_text())
     assert abs(found["dequantized, float32, naive"]["kl"]) < 1e-12
     assert found["as loaded"]["kl"] < found["int8"]["kl"]
+    assert found["as loaded"]["kl"] < found["as loaded, bfloat16"]["kl"]
     assert "perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--tokens", "100"], "--tokens: must be at least"), (["--formats", "int5"], "must be some")],
+    [
+        (["--tokens", "100"], "--tokens: must be at least"),
+        (["--formats", "int5"], "must be some of int8,"),
+        (["--dtypes", "float64"], "must be some of bfloat16,float16, or all, got 'float64'"),
+    ],
 )
 def test_bad_options(arguments, message, path, capsys):
     assert main(["bench", "--quality", "--model", str(path), *arguments]) == 2

@@ -99,12 +99,14 @@ def device_of(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(name: str, *, device: str = "cpu") -> LanguageModel:
+def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
     """Load a model; what can be wrong with one is a UserError."""
+    import torch
+
     from tilewise import model
 
     try:
-        return model.load(name, device=device)
+        return model.load(name, device=device, dtype=getattr(torch, dtype))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(one_line(error)) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 WINDOW = 512
 """Tokens that are read at once; the second half is scored."""
 
+_DTYPES = ("bfloat16", "float16")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that belong to --quality."""
@@ -40,10 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--formats",
-        type=_formats,
+        type=lambda text: _some(text, SCHEMES),
         default=[],
         metavar="F,F",
         help=f"its dequantized layers in these formats, too: {', '.join(SCHEMES)}, or all",
+    )
+    add(
+        "--dtypes",
+        type=lambda text: _some(text, _DTYPES),
+        default=[],
+        metavar="D,D",
+        help=f"the model with activations in these dtypes, too: {', '.join(_DTYPES)}, or all",
     )
     add(
         "--tokens",
@@ -54,11 +63,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _formats(text: str) -> list[str]:
-    names = list(SCHEMES) if text == "all" else text.split(",")
+def _some(text: str, of: Sequence[str]) -> list[str]:
+    names = list(of) if text == "all" else text.split(",")
     for name in names:
-        if name not in SCHEMES:
-            wanted = f"some of {','.join(SCHEMES)}, or all"
+        if name not in of:
+            wanted = f"some of {','.join(of)}, or all"
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {name!r}")
     return names
 
@@ -78,7 +87,10 @@ def run_quality(options: argparse.Namespace, device: str) -> int:
     ids = model.tokenizer.encode(quality_text())[: options.tokens]
     windows = cut(ids, min(WINDOW, model.gpt.config.max_positions))
     dense = dequantized(model.gpt)
-    candidates, bits = _candidates(model.gpt, dense, options.formats)
+    loaded = {"as loaded": model.gpt}
+    for dtype in options.dtypes:
+        loaded[f"as loaded, {dtype}"] = load_model(name, device=device, dtype=dtype).gpt
+    candidates, bits = _candidates(loaded, dense, options.formats)
     console = make_console()
     with _llama_cpp(find(name), len(windows[0])) as (llama, reason):
         if llama is not None:
@@ -109,7 +121,7 @@ def run_quality(options: argparse.Namespace, device: str) -> int:
 
 
 def _candidates(
-    gpt: GPT, dense: GPT, formats: list[str]
+    loaded: Mapping[str, GPT], dense: GPT, formats: list[str]
 ) -> tuple[dict[str, Logits], dict[str, float]]:
     """The models by title, and their bits per weight."""
     from tilewise.model.layers import set_act
@@ -130,7 +142,8 @@ def _candidates(
             mode = f"{title}, act {act}" if act else title
             candidates[mode], bits[mode] = in_mode, bits_per_weight(model)
 
-    add("as loaded", gpt)
+    for title, gpt in loaded.items():
+        add(title, gpt)
     for scheme in formats:
         add(scheme, requantized(dense, scheme))
     return candidates, bits
