@@ -137,8 +137,8 @@ inline void multiply_tiles_in(int64_t rows, int64_t columns, int64_t depth, Oper
 
 // C (rows x columns) = A (rows x depth) B (depth x columns), or += where `add`, counted in tiles.
 //
-// Gradients and quantized weights have a function of their own for it, which is not inlined: its constants
-// are the loops' then, and all that they need is in registers. In the midst of a large function it is not.
+// Attention's strips take it inlined. Gradients and quantized weights have functions of their own for it,
+// which are not: their constants are the loops' then, and all that these need is in registers.
 template <class Products>
 inline void multiply_tiles(int64_t rows, int64_t columns, int64_t depth, bool add,
                            OperandTiles a, OperandTiles b, SumTiles<typename Products::Sum> c) {

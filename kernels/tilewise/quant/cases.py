@@ -153,7 +153,7 @@ CASES = [
     _case("few-rows-int4", _product(_own("int4", PER_CHANNEL, symmetric=False), 1, 50, 96)),
     _case("few-rows-int8", _product(_own("int8", PER_CHANNEL), 2, 33, 544, residual=True)),
     _case("few-rows-int8-g64", _product(_own("int8", 64, symmetric=False), 1, 19, 4352)),
-    # So many that x need not be copied for tiles, the last of which is not full.
+    # Several blocks of rows, the last of which is not full.
     _case("many-rows", _product(_gguf("Q4_1"), 77, 50, 96, residual=True), dtypes=_BFLOAT16_FIRST),
     _case(
         "many-rows-swiglu",
