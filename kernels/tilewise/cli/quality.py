@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--formats",
-        type=lambda text: _some(text, SCHEMES),
+        type=_some_of(SCHEMES),
         default=[],
         metavar="F,F",
         help=f"its dequantized layers in these formats, too: {', '.join(SCHEMES)}, or all",
     )
     add(
         "--dtypes",
-        type=lambda text: _some(text, _DTYPES),
+        type=_some_of(_DTYPES),
         default=[],
         metavar="D,D",
         help=f"the model with activations in these dtypes, too: {', '.join(_DTYPES)}, or all",
@@ -63,13 +63,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _some(text: str, of: Sequence[str]) -> list[str]:
-    names = list(of) if text == "all" else text.split(",")
-    for name in names:
-        if name not in of:
-            wanted = f"some of {','.join(of)}, or all"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {name!r}")
-    return names
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def names_in(text: str) -> list[str]:
+        names = list(known) if text == "all" else text.split(",")
+        for name in names:
+            if name not in known:
+                wanted = f"some of {','.join(known)}, or all"
+                raise argparse.ArgumentTypeError(f"must be {wanted}, got {name!r}")
+        return names
+
+    return names_in
 
 
 def run_quality(options: argparse.Namespace, device: str) -> int:
