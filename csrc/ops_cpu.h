@@ -85,18 +85,7 @@ inline bool is_plain_rotation(const Tensor& cos, const Tensor& sin, const Tensor
          positions.is_contiguous();
 }
 
-// A contiguous tensor on the CPU, uninitialised.
-inline Tensor empty(const std::vector<int64_t>& size, int32_t dtype_code) {
-  std::vector<int64_t> stride(size.size());
-  int64_t elements = 1;
-  for (std::size_t i = size.size(); i-- > 0; elements *= std::max<int64_t>(size[i], 1)) {
-    stride[i] = elements;
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
-                                                  stride.data(), dtype_code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+// A contiguous tensor on the CPU, uninitialised; ops_cpu_graph.cpp says where it lies.
+Tensor empty(const std::vector<int64_t>& size, int32_t dtype_code);
 
 }  // namespace tilewise

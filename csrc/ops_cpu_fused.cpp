@@ -1,7 +1,7 @@
 // Bindings of the fused small operations.
 //
 // Tensors of rows may have any number of dimensions: they are contiguous, or (rows, dim) with a
-// stride between the rows.
+// stride between the rows. What a norm reads may also be (tokens, heads, dim) with any two strides.
 #include <algorithm>
 #include <tuple>
 
@@ -39,7 +39,13 @@ Norm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   norm.rows = rows.rows;
   norm.dim = rows.dim;
   norm.x = rows.data;
+  norm.heads = 1;
   norm.x_stride = rows.stride;
+  if (x.dim() == 3) {
+    norm.heads = std::max<int64_t>(x.size(1), 1);
+    norm.x_stride = x.stride(0);
+    norm.x_head_stride = x.stride(1);
+  }
   norm.residual = added.data;
   norm.residual_stride = added.stride;
   norm.weight = weight.data_ptr();
@@ -53,14 +59,16 @@ Norm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 void rms_norm_op(Tensor x, Tensor weight, double eps, OptionalTensor residual, Tensor out,
                  OptionalTensor sum) {
   const Norm norm = describe(x, weight, {}, eps, residual, out, sum);
-  run_kernel<&rms_norm>(norm, {}, x, weight, residual, out, sum);
+  run_kernel<&rms_norm, &Norm::rows>(norm, {}, x, weight, residual, out, sum);
 }
 
 std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor weight, double eps,
                                                             OptionalTensor residual) {
   const int32_t dtype = dtype_code(x);
   const std::vector<int64_t> size = size_of(x);
-  if (!is_float_of_kernels(dtype) || size.empty() || !x.is_contiguous() ||
+  // Heads may be parts of longer rows: queries and keys are, of one projection.
+  const bool has_heads = x.dim() == 3 && x.stride(2) == 1;
+  if (!is_float_of_kernels(dtype) || size.empty() || !(x.is_contiguous() || has_heads) ||
       dtype_code(weight) != dtype || !has_size(weight, {size.back()}) || !weight.is_contiguous()) {
     return {};
   }
@@ -77,7 +85,7 @@ std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor we
 void layer_norm_op(Tensor x, Tensor weight, OptionalTensor bias, double eps,
                    OptionalTensor residual, Tensor out, OptionalTensor sum) {
   const Norm norm = describe(x, weight, bias, eps, residual, out, sum);
-  run_kernel<&layer_norm>(norm, {}, x, weight, bias, residual, out, sum);
+  run_kernel<&layer_norm, &Norm::rows>(norm, {}, x, weight, bias, residual, out, sum);
 }
 
 NormBackward describe_backward(const Tensor& grad_out, const OptionalTensor& grad_sum,
@@ -135,7 +143,7 @@ void rotary_embedding_op(Tensor x, Tensor cos, Tensor sin, Tensor positions, boo
   rotary.pairs = cos.size(1);
   rotary.interleaved = interleaved;
   rotary.inverse = inverse;
-  run_kernel<&rotary_embedding>(rotary, {}, x, cos, sin, positions, out);
+  run_kernel<&rotary_embedding, &Rotary::tokens>(rotary, {}, x, cos, sin, positions, out);
 }
 
 OptionalTensor plain_rotary_embedding_op(Tensor x, Tensor cos, Tensor sin, Tensor positions,
@@ -167,21 +175,10 @@ Gated describe(const Tensor& gate, const Tensor& up, int64_t activation) {
   return gated;
 }
 
-// Rows without gaps are one long row.
-void join_rows(Gated& gated) {
-  const bool whole = gated.gate_stride == gated.dim && gated.up_stride == gated.dim &&
-                     (!gated.grad_out || gated.grad_out_stride == gated.dim);
-  if (whole) {
-    gated.dim *= gated.rows;
-    gated.rows = 1;
-  }
-}
-
 void gated_activation_op(Tensor gate, Tensor up, int64_t activation, Tensor out) {
   Gated gated = describe(gate, up, activation);
   gated.out = out.data_ptr();
-  join_rows(gated);
-  gated_activation(gated);
+  run_kernel<&gated_activation, &Gated::rows>(gated, {}, gate, up, out);
 }
 
 void gated_activation_backward_op(Tensor grad_out, Tensor gate, Tensor up, int64_t activation,
@@ -192,7 +189,6 @@ void gated_activation_backward_op(Tensor grad_out, Tensor gate, Tensor up, int64
   gated.grad_out_stride = grad.stride;
   gated.grad_gate = grad_gate.data_ptr();
   gated.grad_up = grad_up.data_ptr();
-  join_rows(gated);
   gated_activation(gated);
 }
 
@@ -271,7 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&Recorded<&layer_norm_backward_op>::call));
   m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding_op));
   m.impl("plain_rotary_embedding", TORCH_BOX(&plain_rotary_embedding_op));
-  m.impl("gated_activation", TORCH_BOX(&Recorded<&gated_activation_op>::call));
+  m.impl("gated_activation", TORCH_BOX(&gated_activation_op));
   m.impl("gated_activation_backward", TORCH_BOX(&Recorded<&gated_activation_backward_op>::call));
   m.impl("sample", TORCH_BOX(&Recorded<&sample_op>::call));
 }

@@ -11,12 +11,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
-#include "ops_cpu.h"
+#include "ops_cpu_memory.h"
 
 namespace tilewise {
 namespace {
@@ -178,10 +179,15 @@ void run_shares(int64_t tasks, void (*body)(int64_t, void*), void* context) {
 namespace {
 
 struct Call {
-  std::function<void()> run;
+  std::function<void(const RowCount&)> run;
   Upcoming reads;
 };
-using Recording = std::vector<Call>;
+
+struct Recording {
+  int64_t rows;  // of its tensors, of which a replay may want fewer; 0 where it may not
+  std::vector<Call> calls;
+  const std::shared_ptr<RecordingMemory> memory = std::make_shared<RecordingMemory>();
+};
 
 thread_local std::unique_ptr<Recording> recording;
 
@@ -197,9 +203,10 @@ std::shared_ptr<Recording> find_recording(int64_t number) {
   return found->second;
 }
 
-void begin_recording() {
+void begin_recording(int64_t rows) {
   STD_TORCH_CHECK(!recording, "this thread is recording already");
   recording = std::make_unique<Recording>();
+  recording->rows = rows;
 }
 
 // The number of the recording, which is thrown away if it is not wanted.
@@ -219,21 +226,24 @@ void forget_recording(int64_t number) {
 }
 
 // All calls once; `again` if they will be run again at once.
-void run_calls(const Recording& calls, Team& team, bool again) {
-  const auto next_weight = [end = calls.end()](Recording::const_iterator from) {
+void run_calls(const std::vector<Call>& calls, const RowCount& rows, Team& team, bool again) {
+  const auto next_weight = [end = calls.end()](std::vector<Call>::const_iterator from) {
     return std::find_if(from, end, [](const Call& call) { return call.reads.bytes != 0; });
   };
   for (auto call = calls.begin(); call != calls.end(); ++call) {
     auto next = next_weight(call + 1);
     if (next == calls.end() && again) next = next_weight(calls.begin());
     team.expect(next == calls.end() ? nullptr : &next->reads, !call->reads.bytes);
-    call->run();
+    call->run(rows);
   }
 }
 
-void replay(int64_t number, int64_t times) {
+// `rows` may be less than was recorded if the recording says how many that was.
+void replay(int64_t number, int64_t times, int64_t rows) {
   STD_TORCH_CHECK(!recording && !led_team, "a replay can be neither recorded nor part of another");
-  const auto calls = find_recording(number);
+  const auto replayed = find_recording(number);
+  STD_TORCH_CHECK(replayed->rows ? 1 <= rows && rows <= replayed->rows : rows == 0,
+                  "rows: from 1 to what was recorded");
   Team team(thread_count());
   // An error must not cross the threads: it is thrown again where Python waits for it.
   std::exception_ptr error;
@@ -241,7 +251,7 @@ void replay(int64_t number, int64_t times) {
     if (begin != 0) return team.help(begin);
     led_team = &team;
     try {
-      for (int64_t i = 0; i < times; ++i) run_calls(*calls, team, i + 1 < times);
+      for (int64_t i = 0; i < times; ++i) run_calls(replayed->calls, {replayed->rows, rows}, team, i + 1 < times);
     } catch (...) {
       error = std::current_exception();
     }
@@ -255,17 +265,86 @@ void replay(int64_t number, int64_t times) {
 
 bool is_recording() { return recording != nullptr; }
 
-void record(std::function<void()> call, const Upcoming& reads) {
-  recording->push_back({std::move(call), reads});
+void record(std::function<void(const RowCount&)> call, const Upcoming& reads) {
+  recording->calls.push_back({std::move(call), reads});
 }
+
+OptionalTensor kept(const OptionalTensor& tensor) {
+  return tensor && recording->memory->holds(tensor->data_ptr()) ? std::nullopt : tensor;
+}
+
+Tensor empty(const std::vector<int64_t>& size, int32_t dtype_code) {
+  std::vector<int64_t> stride(size.size());
+  int64_t elements = 1;
+  for (std::size_t i = size.size(); i-- > 0; elements *= std::max<int64_t>(size[i], 1)) {
+    stride[i] = elements;
+  }
+  if (recording) return recording->memory->empty(size, stride, dtype_code);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
+                                                  stride.data(), dtype_code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+namespace {
+
+// Like a tensor that Python would have allocated, in the recording's memory.
+Tensor recorded_empty_like(Tensor like) {
+  STD_TORCH_CHECK(recording != nullptr, "this thread is not recording");
+  std::vector<int64_t> stride(like.dim());
+  for (std::size_t i = 0; i < stride.size(); ++i) stride[i] = like.stride(i);
+  return recording->memory->empty(size_of(like), stride, dtype_code(like));
+}
+
+// --- rows by number: the one thing that PyTorch computes in a model that is ours otherwise ---------
+
+struct TakenRows {
+  const char* x;
+  int64_t x_rows, x_stride, row_bytes;
+  const int64_t* numbers;
+  int64_t count;
+  char* out;
+};
+
+void take_rows(const TakenRows& taken) {
+  for (int64_t i = 0; i < taken.count; ++i) {
+    const int64_t number = taken.numbers[i], row = number < 0 ? number + taken.x_rows : number;
+    STD_TORCH_CHECK(0 <= row && row < taken.x_rows, "index: out of range");
+    std::memcpy(taken.out + i * taken.row_bytes, taken.x + row * taken.x_stride, taken.row_bytes);
+  }
+}
+
+// x[numbers]: x is (rows, ...), contiguous but for a stride between its rows; numbers (count,) is
+// contiguous.
+Tensor take_rows_op(Tensor x, Tensor numbers) {
+  std::vector<int64_t> size = size_of(x);
+  const int64_t rows = size[0], elements = rows ? x.numel() / rows : 0;
+  size[0] = numbers.size(0);
+  const Tensor out = empty(size, dtype_code(x));
+  TakenRows taken{};
+  taken.x = static_cast<const char*>(x.data_ptr());
+  taken.x_rows = rows;
+  taken.x_stride = x.stride(0) * x.element_size();
+  taken.row_bytes = elements * x.element_size();
+  taken.numbers = static_cast<const int64_t*>(numbers.data_ptr());
+  taken.count = size[0];
+  taken.out = static_cast<char*>(out.data_ptr());
+  run_kernel<&take_rows>(taken, {}, x, numbers, out);
+  return out;
+}
+
+}  // namespace
 
 }  // namespace tilewise
 
 STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
-  m.def("begin_recording() -> ()");
+  m.def("begin_recording(int rows) -> ()");
   m.def("end_recording(bool is_wanted) -> int");
   m.def("forget_recording(int number) -> ()");
-  m.def("replay(int number, int times) -> ()");
+  m.def("replay(int number, int times, int rows) -> ()");
+  m.def("recorded_empty_like(Tensor like) -> Tensor");
+  m.def("take_rows(Tensor x, Tensor numbers) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -273,4 +352,6 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("end_recording", TORCH_BOX(&tilewise::end_recording));
   m.impl("forget_recording", TORCH_BOX(&tilewise::forget_recording));
   m.impl("replay", TORCH_BOX(&tilewise::replay));
+  m.impl("recorded_empty_like", TORCH_BOX(&tilewise::recorded_empty_like));
+  m.impl("take_rows", TORCH_BOX(&tilewise::take_rows_op));
 }

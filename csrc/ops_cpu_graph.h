@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <functional>
 #include <tuple>
+#include <type_traits>
+
+#include "ops_cpu.h"
 
 namespace tilewise {
 
@@ -16,9 +19,24 @@ struct Upcoming {
   int64_t bytes = 0, parts = 1;
 };
 
+// How many rows a replay is about, of those that were recorded. Every kernel's rows of results depend
+// on the same rows of its input alone, so a call on more of them than needed is slow and not wrong.
+struct RowCount {
+  int64_t recorded = 0, wanted = 0;
+
+  // Of a call on `rows` rows: there may be several of each (heads), or none of these.
+  int64_t of(int64_t rows) const {
+    return recorded > 0 && rows % recorded == 0 ? rows / recorded * wanted : rows;
+  }
+};
+
 // Adds a call to the recording of this thread; is_recording() first.
 bool is_recording();
-void record(std::function<void()> call, const Upcoming& reads = {});
+void record(std::function<void(const RowCount&)> call, const Upcoming& reads = {});
+
+// What a recording has to hold for a tensor that a call uses: the tensor, or nothing if it lies in
+// memory of the recording's own.
+OptionalTensor kept(const OptionalTensor& tensor);
 
 template <auto OPERATOR>
 struct Recorded;
@@ -27,19 +45,26 @@ struct Recorded;
 template <class... Arguments, void (*OPERATOR)(Arguments...)>
 struct Recorded<OPERATOR> {
   static void call(Arguments... arguments) {
-    if (is_recording()) return record([=] { OPERATOR(arguments...); });
+    if (is_recording()) return record([=](const RowCount&) { OPERATOR(arguments...); });
     OPERATOR(arguments...);
   }
 };
 
 // Runs a kernel on what describes its call, or records that. A recording keeps the tensors that the
-// description points to, and a replay asks them for nothing.
-template <auto KERNEL, class Call, class... Tensors>
+// description points to, and a replay asks them for nothing. ROWS is the description's member that
+// says how many rows there are to compute, where there is one.
+template <auto KERNEL, auto ROWS = nullptr, class Call, class... Tensors>
 void run_kernel(const Call& call, const Upcoming& reads, const Tensors&... tensors) {
   if (is_recording()) {
-    const auto run = [call, kept = std::make_tuple(tensors...)] {
-      static_cast<void>(kept);
-      KERNEL(call);
+    const auto run = [call, all = std::make_tuple(kept(tensors)...)](const RowCount& rows) {
+      static_cast<void>(all);
+      if constexpr (std::is_member_pointer_v<decltype(ROWS)>) {
+        Call shorter = call;
+        shorter.*ROWS = rows.of(call.*ROWS);
+        KERNEL(shorter);
+      } else {
+        KERNEL(call);
+      }
     };
     return record(run, reads);
   }

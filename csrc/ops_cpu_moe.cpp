@@ -45,7 +45,8 @@ void moe_op(Tensor x, Tensor logits, int64_t hidden, int64_t gate_up_format,
                               : describe(down_format, dim, hidden, down_group_size, down_data,
                                          down_scales, down_zeros);
   call.out = out.data_ptr();
-  moe(call);
+  run_kernel<&moe, &Moe::tokens>(call, {}, x, logits, gate_up_data, gate_up_scales, gate_up_zeros,
+                                 down_data, down_scales, down_zeros, out);
 }
 
 // out = x weight^T; the weight and out are contiguous.
@@ -69,7 +70,7 @@ void router_logits_op(Tensor x, Tensor weight, Tensor out) {
   const QuantizedMatmul call = plain_product(x, weight, out);
   const Upcoming reads{static_cast<const char*>(weight.data_ptr()),
                        weight.numel() * element_size(dtype_of(weight))};
-  run_kernel<&router_logits>(call, reads, x, weight, out);
+  run_kernel<&router_logits, &QuantizedMatmul::rows>(call, reads, x, weight, out);
 }
 
 }  // namespace
@@ -86,7 +87,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
-  m.impl("moe", TORCH_BOX(&tilewise::Recorded<&tilewise::moe_op>::call));
+  m.impl("moe", TORCH_BOX(&tilewise::moe_op));
   m.impl("linear", TORCH_BOX(&tilewise::Recorded<&tilewise::linear_op>::call));
   m.impl("router_logits", TORCH_BOX(&tilewise::router_logits_op));
 }

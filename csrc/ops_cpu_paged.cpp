@@ -59,8 +59,8 @@ void append_kv_op(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slo
     a.positions = pointer<int64_t>(positions);
     a.positions_stride = positions->stride(0);
   }
-  run_kernel<&append_kv>(a, {}, k, v, k_cache, v_cache, slot_mapping, cos, sin, positions, k_scale,
-                         v_scale);
+  run_kernel<&append_kv, &AppendKV::tokens>(a, {}, k, v, k_cache, v_cache, slot_mapping, cos, sin,
+                                            positions, k_scale, v_scale);
 }
 
 // Whether rows (tokens, kv_heads, dim) go into a cache (pages, page_size, kv_heads, stored dim).

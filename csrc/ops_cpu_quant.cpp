@@ -78,8 +78,8 @@ void quantized_matmul_op(Tensor x, int64_t format, int64_t rows, int64_t depth, 
   call.adapter_a = pointer(adapter_a);
   call.adapter_b = pointer(adapter_b);
   call.rank = adapter_a ? adapter_a->size(1) : 0;
-  run_kernel<&quantized_matmul>(call, reads_of(call), x, data, scales, zeros, bias, residual,
-                                adapter_a, adapter_b, out);
+  run_kernel<&quantized_matmul, &QuantizedMatmul::rows>(call, reads_of(call), x, data, scales, zeros,
+                                                        bias, residual, adapter_a, adapter_b, out);
 }
 
 // The weight has been checked when it was made; it is one matrix.
@@ -107,7 +107,8 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
   const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
   const QuantizedMatmul call = product_of(x, x.numel() / depth, depth, weight, bias, finish,
                                           residual, rounding, activation_group, out);
-  run_kernel<&quantized_matmul>(call, reads_of(call), x, data, scales, zeros, bias, residual, out);
+  run_kernel<&quantized_matmul, &QuantizedMatmul::rows>(call, reads_of(call), x, data, scales, zeros,
+                                                        bias, residual, out);
   return out;
 }
 
@@ -119,14 +120,29 @@ void quantized_matmul_backward_op(Tensor grad, int64_t format, int64_t rows, int
                             static_cast<float*>(grad_x.data_ptr()));
 }
 
+struct Embedding {
+  QuantizedWeight weight;
+  const int64_t* ids;
+  int64_t count;
+  DType dtype;
+  void* out;
+};
+
+void embed_checked(const Embedding& e) {
+  const auto is_row = [&e](int64_t id) { return 0 <= id && id < e.weight.rows; };
+  STD_TORCH_CHECK(std::all_of(e.ids, e.ids + e.count, is_row), "token_ids: out of range");
+  embed(e.weight, e.ids, e.count, e.dtype, e.out);
+}
+
 void embedding_op(Tensor ids, int64_t format, int64_t rows, int64_t depth, int64_t group_size,
                   Tensor data, OptionalTensor scales, OptionalTensor zeros, Tensor out) {
-  const QuantizedWeight w = describe(format, rows, depth, group_size, data, scales, zeros);
-  const int64_t* id = static_cast<const int64_t*>(ids.data_ptr());
-  for (int64_t i = 0; i < ids.numel(); ++i) {
-    STD_TORCH_CHECK(0 <= id[i] && id[i] < rows, "token_ids: out of range");
-  }
-  embed(w, id, ids.numel(), dtype_of(out), out.data_ptr());
+  Embedding e{};
+  e.weight = describe(format, rows, depth, group_size, data, scales, zeros);
+  e.ids = static_cast<const int64_t*>(ids.data_ptr());
+  e.count = ids.numel();
+  e.dtype = dtype_of(out);
+  e.out = out.data_ptr();
+  run_kernel<&embed_checked, &Embedding::count>(e, {}, ids, data, scales, zeros, out);
 }
 
 void dequantize_op(int64_t format, int64_t rows, int64_t depth, int64_t group_size, Tensor data,
@@ -165,7 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("quantized_matmul", TORCH_BOX(&quantized_matmul_op));
   m.impl("plain_quantized_matmul", TORCH_BOX(&plain_quantized_matmul_op));
   m.impl("quantized_matmul_backward", TORCH_BOX(&Recorded<&quantized_matmul_backward_op>::call));
-  m.impl("embedding", TORCH_BOX(&Recorded<&embedding_op>::call));
+  m.impl("embedding", TORCH_BOX(&embedding_op));
   m.impl("dequantize", TORCH_BOX(&Recorded<&dequantize_op>::call));
 }
 

@@ -1,8 +1,4 @@
-"""Decoding steps without Python: the kernel calls for one token each, recorded and replayed.
-
-The model is the one of `gpt.py`. All that a step reads, the tokens and where they stand, lies in
-tensors that stay; before the first step it is recorded what the model calls (`CpuGraph`), and every
-step replays it. Where the model runs something that cannot be recorded, every step runs the model.
+"""Decoding: one token of each sequence at a time, recorded.
 
 Choosing the next token is part of a step, and so is feeding it to the next one: after a replay,
 whose weights have taken the place of all else in the caches, whatever Python does takes several
@@ -18,34 +14,15 @@ import numpy as np
 import torch
 
 from tilewise import native
-from tilewise.dispatch import requests
 from tilewise.fused import sample
-from tilewise.graph import CaptureError, CpuGraph
-from tilewise.model.gpt import GPT, PagedBatch
+from tilewise.model.gpt import GPT
+from tilewise.model.recorded import Input, RecordedModel
 from tilewise.paged import PagedKVCache
 
 __all__ = ["MOST_STEPS", "Decoder", "Sampler"]
 
 MOST_STEPS = 8
 """How many steps `Decoder.steps` takes at most: they cost Python as much as one."""
-
-_MOST_ATTEMPTS = 2
-"""How often recording is tried: the first time a model runs, it may lay out weights and make
-tables, which PyTorch computes and a recording should not repeat."""
-
-
-class _Input:
-    """A tensor that stays, written from Python through NumPy, which takes far less time."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any, device: torch.device | str) -> None:
-        self.host = np.zeros(shape, dtype)
-        self._host_tensor = torch.from_numpy(self.host)
-        self.tensor = self._host_tensor.to(device)  # the same memory, on a CPU
-
-    def written(self) -> None:
-        """To be called after `host` was."""
-        if self.tensor is not self._host_tensor:
-            self.tensor.copy_(self._host_tensor)
 
 
 class Sampler:
@@ -62,11 +39,11 @@ class Sampler:
         self, size: int, longest: int, device: torch.device | str, options: Mapping[str, Any]
     ) -> None:
         self._options = options
-        self._sample_ids = _Input((size,), np.int64, device)
-        self._lengths = _Input((size,), np.int64, device)
-        self._previous: _Input | None = None
+        self._sample_ids = Input((size,), np.int64, device)
+        self._lengths = Input((size,), np.int64, device)
+        self._previous: Input | None = None
         if options["repetition_penalty"] != 1:
-            self._previous = _Input((size, longest), np.int64, device)
+            self._previous = Input((size, longest), np.int64, device)
 
     def read(self, sample_ids: Sequence[int], texts: Sequence[Sequence[Sequence[int]]]) -> None:
         """Take in the texts, each in pieces, and the numbers of their random streams."""
@@ -102,7 +79,7 @@ class Sampler:
         return None if self._previous is None else self._previous.tensor
 
 
-class Decoder:
+class Decoder(RecordedModel):
     """Decodes a fixed number of sequences, one token of each at a time.
 
     Args:
@@ -115,49 +92,10 @@ class Decoder:
     def __init__(
         self, gpt: GPT, cache: PagedKVCache, size: int, sampler: Sampler | None = None
     ) -> None:
-        self._gpt, self._cache, self._sampler = gpt, cache, sampler
-        allocator = cache.allocator
-        device = cache.device
-        self._token_ids = _Input((size,), np.int64, device)
-        self._positions = _Input((size,), np.int64, device)
-        self._slot_mapping = _Input((size,), np.int64, device)
-        self._block_table = _Input((size, allocator.num_pages), np.int32, device)
-        self._cache_seqlens = _Input((size,), np.int32, device)
-        self._taken = _Input((1,), np.int64, device)  # steps of a call that are in the history
-        self._inputs = (
-            self._token_ids,
-            self._positions,
-            self._slot_mapping,
-            self._block_table,
-            self._cache_seqlens,
-            self._taken,
-        )
-        self._batch = PagedBatch(
-            cache=cache,
-            positions=self._positions.tensor,
-            slot_mapping=self._slot_mapping.tensor,
-            block_table=self._block_table.tensor,
-            cache_seqlens=self._cache_seqlens.tensor,
-            cu_seqlens_q=None,
-            last=torch.arange(size, device=device),
-            # For all steps to come, so that the tables of positions are made once.
-            length=min(allocator.num_pages * allocator.page_size, gpt.config.max_positions),
-        )
-        self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=device)
-        self._attempts = 0
-        self._graph: CpuGraph | None = None
-        self._recorded_in: tuple[object, ...] = ()
-        modules = list(gpt.modules())
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._weights = [
-            (held, name)
-            for module in modules
-            for held in (module._parameters, module._buffers)
-            for name, x in held.items()
-            if x is not None
-        ]
-        self._result = torch.empty(0)
-        self.why_not_recorded: str | None = None
+        super().__init__(gpt, cache, size, size, has_prompts=False)
+        self._sampler = sampler
+        self._taken = Input((1,), np.int64, cache.device)  # steps of a call that are in the history
+        self._history = torch.empty(MOST_STEPS, size, dtype=torch.int64, device=cache.device)
 
     @torch.no_grad()
     def step(self, sequences: Sequence[int], token_ids: Sequence[int]) -> torch.Tensor:
@@ -220,18 +158,23 @@ class Decoder:
         self._positions.host -= 1
         self._token_ids.host[:] = token_ids
         self._taken.host[:] = 0
-        for row, sequence in zip(self._block_table.host, sequences, strict=True):
-            pages = allocator.pages(sequence)
-            row[: len(pages)] = pages
-            row[len(pages) :] = -1  # as `PagedKVCache.block_table` fills it up
-        for inputs in self._inputs:
+        for row, sequence in enumerate(sequences):
+            self._write_pages(row, allocator.pages(sequence))
+        for inputs in (
+            self._token_ids,
+            self._positions,
+            self._slot_mapping,
+            self._block_table,
+            self._cache_seqlens,
+            self._taken,
+        ):
             inputs.written()
 
     def _run(self) -> torch.Tensor:
-        logits = self._gpt(self._token_ids.tensor, self._batch)
+        logits = super()._run()
         return logits if self._sampler is None else self._sampler(logits)
 
-    def _run_and_go_on(self) -> torch.Tensor:
+    def _run_recorded(self) -> torch.Tensor:
         """A step that also writes what the next one reads."""
         result, sampler = self._run(), self._sampler
         if sampler is not None:
@@ -249,36 +192,3 @@ class Decoder:
                 self._taken.tensor,
             )
         return result
-
-    def _record(self) -> None:
-        """Record a step, if it can be recorded."""
-        if self._attempts < _MOST_ATTEMPTS:
-            self._attempts += 1
-            try:
-                self._graph, self._result = CpuGraph.capture(self._run_and_go_on)
-            except CaptureError as error:
-                self.why_not_recorded = str(error)
-            else:
-                self.why_not_recorded = None
-                self._recorded_in = self._circumstances()
-
-    def _recorded(self) -> CpuGraph | None:
-        """The recording, if there can be one and the model would do the same now."""
-        if any(self._hooks):
-            self.why_not_recorded = "a forward hook is to see every call"
-            return None
-        if self._graph is None:
-            self._record()
-        return self._graph if self._recorded_in == self._circumstances() else None
-
-    def _circumstances(self) -> tuple[object, ...]:
-        """What decides, besides its arguments, what a step calls and reads.
-
-        A recording holds addresses: where a weight was that has been replaced, anything may be.
-        """
-        is_cast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if is_cast else None
-        places = [
-            0 if (x := held.get(name)) is None else x.data_ptr() for held, name in self._weights
-        ]
-        return requests(), dtype, places

@@ -15,16 +15,14 @@ import torch
 
 from tilewise import checks
 from tilewise.model.chat import render_chat
-from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
-from tilewise.model.gpt import GPT, PagedBatch
+from tilewise.model.decode import MOST_STEPS, Sampler
+from tilewise.model.gpt import GPT
+from tilewise.model.session import Session
 from tilewise.model.tokenizer import TextStream, Tokenizer
-from tilewise.paged import PagedKVCache
 
 __all__ = ["Generation", "LanguageModel", "Stream", "Timings"]
 
 Prompt = str | Sequence[int]
-
-_PAGE_SIZE = 16
 
 _LONGEST_WAIT = 0.05
 """Seconds that text may be held up for several tokens to be computed at once."""
@@ -103,6 +101,10 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     name: str = ""
+    _idle: list[Session] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_idle": []}  # a copy's recordings would be of this one's weights
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 128, **options: Any
@@ -270,7 +272,7 @@ class _Run:
             if value < 1:
                 raise ValueError(f"{name}: must be >= 1, got {value}")
         self._started = time.perf_counter()
-        self._gpt, self._limit, self._chunk_size = model.gpt, max_new_tokens, chunk_size
+        self._model, self._limit, self._chunk_size = model, max_new_tokens, chunk_size
         self._sampling: dict[str, Any] = {
             "temperature": temperature,
             "top_k": top_k,
@@ -299,25 +301,28 @@ class _Run:
             text = model.tokenizer.stream(ids) if model.tokenizer else None
             generation = Generation(ids, self._timings)
             self.sequences.append(_Sequence(len(self.sequences), generation, text))
-        pages = sum(
-            -(-(len(sequence.generation.prompt_ids) + max_new_tokens) // _PAGE_SIZE)
-            for sequence in self.sequences
-        )
-        self._cache = PagedKVCache(
-            config.layers,
-            max(pages, 1),
-            _PAGE_SIZE,
-            config.kv_heads,
-            config.head_dim,
-            dtype=cache_dtype if cache_dtype is not None else model.gpt.dtype,
-            device=model.gpt.device,
-        )
-        longest = max((len(s.generation.prompt_ids) for s in self.sequences), default=0)
-        self._longest = longest + max_new_tokens
-        self._decoders: dict[int, tuple[Decoder, Sampler]] = {}  # by the number of sequences
+        lengths = [len(s.generation.prompt_ids) + max_new_tokens for s in self.sequences]
+        self._longest = max(lengths, default=0)
+        self._session = _take_session(model, lengths, cache_dtype)
+        self._cache = self._session.cache
 
     def steps(self) -> Iterator[list[str]]:
         """Run to the end; yields after each run of the model what text it added to each prompt."""
+        try:
+            yield from self._steps()
+        except GeneratorExit:  # who reads the text has enough of it
+            for sequence in self.sequences:
+                if sequence.cached >= 0 and not sequence.is_finished:
+                    self._cache.free(sequence.cached)
+            self._leave_session()
+            raise
+        self._leave_session()
+
+    def _leave_session(self) -> None:
+        if self._session.tidy():
+            self._model._idle[:] = [self._session]
+
+    def _steps(self) -> Iterator[list[str]]:
         timings = self._timings
         for chunks in self._prefill_chunks():
             pieces = self._prefill(chunks)
@@ -359,10 +364,8 @@ class _Run:
     @torch.no_grad()
     def _prefill(self, chunks: list[tuple[_Sequence, list[int]]]) -> list[str]:
         """Feed sequences parts of their prompts; where one is complete, take the first token."""
-        sequences, counts = [s.cached for s, _ in chunks], [len(ids) for _, ids in chunks]
-        tokens = [token for _, ids in chunks for token in ids]
-        batch = PagedBatch.append(self._cache, sequences, counts)
-        logits = self._gpt(torch.tensor(tokens, device=self._gpt.device), batch)
+        prefill = self._session.prefill(len(chunks), self._chunk_size)
+        logits = prefill([s.cached for s, _ in chunks], [ids for _, ids in chunks])
         complete = [
             row
             for row, (s, _) in enumerate(chunks)
@@ -389,10 +392,7 @@ class _Run:
         A sequence may be over before the last of them; what was chosen after its end is for nobody.
         """
         size = len(sequences)
-        if size not in self._decoders:
-            sampler = self._sampler(size)
-            self._decoders[size] = Decoder(self._gpt, self._cache, size, sampler), sampler
-        decoder, sampler = self._decoders[size]
+        decoder, sampler = self._session.decoder(size, self._longest, self._sampling)
         _read(sampler, sequences)
         count = min(MOST_STEPS, *(self._limit - len(s.generation.token_ids) for s in sequences))
         seconds = self._timings.seconds_per_output_token
@@ -406,13 +406,27 @@ class _Run:
 
     def _choose(self, logits: torch.Tensor, sequences: list[_Sequence]) -> list[int]:
         """The first token of each sequence."""
-        sampler = self._sampler(len(sequences))
+        sampler = Sampler(len(sequences), self._longest, logits.device, self._sampling)
         _read(sampler, sequences)
         chosen: list[int] = sampler(logits).tolist()
         return chosen
 
-    def _sampler(self, size: int) -> Sampler:
-        return Sampler(size, self._longest, self._gpt.device, self._sampling)
+
+def _take_session(
+    model: LanguageModel, tokens: list[int], cache_dtype: torch.dtype | str | None
+) -> Session:
+    """The session that the last call has left, if it fits this one, or a new one.
+
+    Where calls overlap, each has its own.
+    """
+    dtype = cache_dtype if cache_dtype is not None else model.gpt.dtype
+    try:
+        session = model._idle.pop()  # in one step: nobody else shall have it too
+    except IndexError:
+        session = None
+    if session is None or not session.fits(model.gpt, tokens, dtype):
+        session = Session(model.gpt, tokens, dtype)
+    return session
 
 
 def _read(sampler: Sampler, sequences: list[_Sequence]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tilewise import gpu, native
+from tilewise.graph import CpuGraph
 from tilewise.paged import triton
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -74,6 +75,20 @@ def on(device: str) -> str:
     if reason:
         pytest.skip(f"triton: {reason}")
     return device
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
+    """Fills up with what recordings are replayed: how often at once, and of how many rows."""
+    made: list[tuple[int, int | None]] = []
+    replay = CpuGraph.replay
+
+    def counted(self: CpuGraph, times: int = 1, rows: int | None = None) -> None:
+        made.append((times, rows))
+        replay(self, times, rows)
+
+    monkeypatch.setattr(CpuGraph, "replay", counted)
+    return made
 
 
 @pytest.fixture

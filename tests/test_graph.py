@@ -147,3 +147,108 @@ def test_an_error_in_a_kernel_reaches_python():
     ids.fill_(5)
     graph.replay()
     assert torch.equal(out, table.dequantize()[ids])
+
+
+@pytest.mark.parametrize("make", [Layer, Mixture])
+def test_a_replay_may_be_about_the_first_rows_alone(make):
+    layer, short = make(40), make(40)
+    graph, out = CpuGraph.capture(layer, rows=40)
+    x = layer.x.clone()
+    for rows in (1, 7, 16, 39, 40):
+        layer.x.fill_(torch.nan)
+        layer.x[:rows] = x[:rows]
+        short.x = x[:rows]
+        out.fill_(-1)
+        graph.replay(rows=rows)
+        assert torch.equal(out[:rows], short())
+        assert rows == 40 or (out[rows:] == -1).any()  # not all of them are computed
+
+
+def test_heads_are_rows_of_their_tokens():
+    inputs = Inputs()
+    q, norm, tables = inputs.randn(12, 3, 8), inputs.randn(8), tw.rotary_tables(8, 20)
+    positions, slots = torch.arange(12), torch.arange(12)
+    cache = torch.zeros(2, 8, 3, 8)
+
+    def turned(rows: int) -> torch.Tensor:
+        h = tw.rms_norm(q[:rows], norm, 1e-5)
+        tw.append_kv(h, h, cache, cache, slots[:rows])
+        return tw.swiglu(h, tw.rotary_embedding(h, tables, positions[:rows]))
+
+    graph, out = CpuGraph.capture(lambda: turned(12), rows=12)
+    graph.replay(rows=5)
+    written = cache.flatten(0, 1).any(-1).any(-1)
+    assert written.tolist() == [True] * 5 + [False] * 11
+    assert torch.equal(out[:5], turned(5))
+
+
+@pytest.mark.parametrize("rows", [0, 41, -1])
+def test_rows_that_were_not_recorded_are_refused(rows):
+    graph, _ = CpuGraph.capture(Layer(40), rows=40)
+    with pytest.raises(RuntimeError, match="rows: from 1 to what was recorded"):
+        graph.replay(rows=rows)
+    graph, _ = CpuGraph.capture(Layer(40))
+    with pytest.raises(RuntimeError, match="rows: from 1 to what was recorded"):
+        graph.replay(rows=3)
+
+
+def test_results_that_nobody_holds_share_memory():
+    x, norm = Inputs().randn(4, 64), Inputs().randn(64)
+    places, held = [], []
+
+    def chain() -> torch.Tensor:
+        h = x
+        for i in range(20):
+            h = tw.rms_norm(h, norm, 1e-5)
+            places.append(h.data_ptr())
+            if i % 5 == 0:
+                held.append(h.view(-1)[3:])  # a view holds all of it
+        return h
+
+    graph, out = CpuGraph.capture(chain)
+    assert len(set(places)) == len(held) + 2
+    graph.replay()
+    expected = x
+    for i in range(20):
+        expected = tw.rms_norm(expected, norm, 1e-5)
+        if i % 5 == 0:
+            assert torch.equal(held[i // 5], expected.view(-1)[3:])
+    assert torch.equal(out, expected)
+    del graph
+    gc.collect()
+    assert torch.equal(out, expected)  # and outlives the recording
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_rows_by_number_are_recorded(dtype):
+    x = torch.arange(60).view(5, 3, 4).to(dtype)
+    numbers = torch.tensor([4, 0, -1, 2])
+    for of in (x, x[:, 1], x[::2], x[:, 0, 0], x.new_empty(3, 0)):
+        numbers.copy_(torch.tensor([2, 0, -1, 2]))
+        graph, out = CpuGraph.capture(lambda of=of: of[numbers])
+        graph.replay()
+        assert torch.equal(out, of[numbers])
+        numbers[0] = -3
+        graph.replay()
+        assert torch.equal(out, of[numbers])
+        numbers[0] = len(of)
+        with pytest.raises(RuntimeError, match="index: out of range"):
+            graph.replay()
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x: x[x[:, 0] > 0],
+        lambda x: x[torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)],
+        lambda x: x[:, torch.zeros(2, dtype=torch.int64)],
+        lambda x: x.mT[torch.zeros(2, dtype=torch.int64)],
+        lambda x: x[torch.zeros(2, 2, dtype=torch.int64)],
+        lambda x: x[:0][torch.zeros(0, dtype=torch.int64)],
+    ],
+    ids=["mask", "elements", "columns", "scattered", "table", "no rows"],
+)
+def test_what_is_not_rows_by_number_is_refused(take):
+    x = Inputs().randn(3, 8)
+    with pytest.raises(CaptureError, match="only C\\+\\+ kernels can be recorded"):
+        CpuGraph.capture(lambda: take(x))

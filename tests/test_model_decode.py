@@ -13,10 +13,10 @@ from model_files import write_llama_gguf
 
 import tilewise
 from tilewise import native
-from tilewise.graph import CpuGraph
 from tilewise.model import generate, load
 from tilewise.model.decode import MOST_STEPS, Decoder, Sampler
 from tilewise.model.layers import put
+from tilewise.model.recorded import RecordedModel
 from tilewise.paged import PagedKVCache
 
 needs_cpu = pytest.mark.skipif(
@@ -94,19 +94,16 @@ def test_another_backend_is_not_recorded(gpt):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_are_recorded_in_any_dtype(tmp_path, monkeypatch, dtype):
+def test_experts_are_recorded_in_any_dtype(tmp_path, monkeypatch, replays, dtype):
     """Of sequences that are routed apart, and in a cache of their dtype."""
     lm = load(write_llama_gguf(tmp_path / "moe.gguf", experts=8), dtype=dtype)
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10], [11]]
-    replayed = []
-    replay = CpuGraph.replay
-    monkeypatch.setattr(
-        CpuGraph, "replay", lambda self, times: replayed.append(times) or replay(self, times)
-    )
     recorded = [g.token_ids for g in lm.generate(prompts, 20, ignore_eos=True)]
-    assert sum(replayed) >= 17  # all but the first token and up to two attempts
-    monkeypatch.setattr(Decoder, "_record", lambda self: None)
-    assert [g.token_ids for g in lm.generate(prompts, 20, ignore_eos=True)] == recorded
+    assert sum(times for times, _ in replays) >= 17  # all but the first and up to two attempts
+    replays.clear()
+    monkeypatch.setattr(RecordedModel, "_record", lambda self: None)
+    assert [g.token_ids for g in copy.copy(lm).generate(prompts, 20, ignore_eos=True)] == recorded
+    assert not replays
 
 
 @needs_cpu
@@ -199,27 +196,22 @@ def test_sequences_that_end_leave_a_smaller_step(gpt):
     ],
     ids=["greedy", "sampled", "penalty", "stop"],
 )
-def test_several_steps_at_once_choose_the_same_tokens(tmp_path, monkeypatch, options):
+def test_several_steps_at_once_choose_the_same_tokens(tmp_path, monkeypatch, replays, options):
     """Over the ends of pages, and with texts that end between two calls."""
     path = tmp_path / "tiny.gguf"
     write_llama_gguf(path)
     model = load(path)
     monkeypatch.setattr(generate, "_LONGEST_WAIT", math.inf)
-    replayed = []
-    replay = CpuGraph.replay
-    monkeypatch.setattr(
-        CpuGraph, "replay", lambda self, times: replayed.append(times) or replay(self, times)
-    )
 
     def generated():
+        replays.clear()
         return model.generate([[1, 2, 3], [4, 5], [6]], 45, ignore_eos=True, **options)
 
     at_once = generated()
-    assert max(replayed) == MOST_STEPS
+    assert max(times for times, _ in replays) == MOST_STEPS
     monkeypatch.setattr(generate, "MOST_STEPS", 1)
-    replayed.clear()
     one_by_one = generated()
-    assert set(replayed) == {1}
+    assert {times for times, _ in replays} == {1}
     for a, b in zip(at_once, one_by_one, strict=True):
         assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
     if "stop" in options:

@@ -72,13 +72,25 @@ void run(const Gated& g) {
   }
 }
 
+// Rows without gaps are one long row.
+Gated with_rows_joined(Gated gated) {
+  const bool is_whole = gated.gate_stride == gated.dim && gated.up_stride == gated.dim &&
+                        (!gated.grad_out || gated.grad_out_stride == gated.dim);
+  if (is_whole) {
+    gated.dim *= gated.rows;
+    gated.rows = 1;
+  }
+  return gated;
+}
+
 }  // namespace
 
 void gated_activation(const Gated& gated) {
-  switch (gated.activation) {
-    case Activation::silu: return run<Silu>(gated);
-    case Activation::gelu_tanh: return run<GeluTanh>(gated);
-    default: return run<GeluErf>(gated);
+  const Gated joined = with_rows_joined(gated);
+  switch (joined.activation) {
+    case Activation::silu: return run<Silu>(joined);
+    case Activation::gelu_tanh: return run<GeluTanh>(joined);
+    default: return run<GeluErf>(joined);
   }
 }
 

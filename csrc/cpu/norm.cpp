@@ -64,7 +64,8 @@ Statistics add_residual(const T* x, const T* residual, T* sum, int64_t dim, floa
 template <bool CENTER, class T>
 void norm_row(const Norm& norm, int64_t r) {
   const int64_t dim = norm.dim;
-  const T* x = static_cast<const T*>(norm.x) + r * norm.x_stride;
+  const T* x = static_cast<const T*>(norm.x) + r / norm.heads * norm.x_stride +
+               r % norm.heads * norm.x_head_stride;
   const T* weight = static_cast<const T*>(norm.weight);
   const T* bias = static_cast<const T*>(norm.bias);
   T* out = static_cast<T*>(norm.out) + r * dim;

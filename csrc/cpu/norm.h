@@ -8,8 +8,9 @@ namespace tilewise {
 struct Norm {
   DType dtype;
   int64_t rows, dim;
-  const void* x;  // (rows, dim)
-  int64_t x_stride;
+  const void* x;           // (rows / heads, heads, dim)
+  int64_t heads;           // 1 where rows are all alike
+  int64_t x_stride, x_head_stride;
   const void* residual;  // (rows, dim) or null
   int64_t residual_stride;
   const void* weight;  // (dim,)

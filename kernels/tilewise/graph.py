@@ -11,9 +11,12 @@ Python has the caches to itself meanwhile.
     token_ids.copy_(next_token_ids)
     graph.replay()  # logits has values
 
-The tensors are always the same ones: who wants another result writes other inputs into them. What
-is not a C++ kernel of ours cannot be recorded, and must not be forgotten either: every operator
-that PyTorch runs meanwhile is looked at, and one that computes anything ends the capture.
+The tensors are always the same ones: who wants another result writes other inputs into them. Those
+that the function has made and let go of share memory, as they do outside of a recording.
+
+What is not a C++ kernel of ours cannot be recorded, and must not be forgotten either: every
+operator that PyTorch runs meanwhile is looked at, and one that computes anything ends the capture.
+The one exception is `x[numbers]`, which a kernel of ours computes then.
 """
 
 from __future__ import annotations
@@ -29,9 +32,8 @@ from tilewise.library import CONTRACTS, Recorder
 
 T = TypeVar("T")
 
-_ALLOCATIONS = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "full"}
-)
+_EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_HARMLESS = frozenset({"detach", "full"})
 """Of these "full" also fills: with a number, which a replay finds there as it was."""
 
 
@@ -42,16 +44,18 @@ class CaptureError(RuntimeError):
 class CpuGraph:
     """The C++ kernel calls of a function; see `capture`."""
 
-    def __init__(self, ops: native.Operators, number: int) -> None:
-        self._ops, self._number = ops, number
+    def __init__(self, ops: native.Operators, number: int, rows: int) -> None:
+        self._ops, self._number, self.rows = ops, number, rows
 
     @classmethod
-    def capture(cls, function: Callable[[], T]) -> tuple[CpuGraph, T]:
+    def capture(cls, function: Callable[[], T], rows: int = 0) -> tuple[CpuGraph, T]:
         """Record the kernel calls of `function`, which are not made.
 
         Args:
             function: calls C++ kernels on the CPU, and otherwise only makes views and allocates.
                 Every number it takes from a tensor would be frozen, so taking one is refused too.
+            rows: how many rows (tokens) the function's tensors have, where a replay may want the
+                first of them alone. Nothing else in the function may have a multiple of that many.
 
         Returns:
             The recording, and what the function returned: its tensors hold nothing until a replay
@@ -64,23 +68,25 @@ class CpuGraph:
         if reason is not None:
             raise CaptureError(reason)
         ops = native.cpu_ops()
-        ops.begin_recording()
+        ops.begin_recording(rows)
         is_complete = False
         try:
-            with torch.no_grad(), _Watch():
+            with torch.no_grad(), _Watch(ops):
                 result = function()
             is_complete = True
         finally:
             number = ops.end_recording(is_complete)
-        return cls(ops, number), result
+        return cls(ops, number, rows), result
 
-    def replay(self, times: int = 1) -> None:
+    def replay(self, times: int = 1, rows: int | None = None) -> None:
         """Make the recorded calls, on the values that their tensors hold now.
 
         Args:
             times: how often, one run after the other: for calls that write their own next inputs.
+            rows: of the rows that the capture was told of, how many of the first there are this
+                time; None for all. What the others hold afterwards is undefined.
         """
-        self._ops.replay(self._number, times)
+        self._ops.replay(self._number, times, self.rows if rows is None else rows)
 
     def __del__(self) -> None:
         self._ops.forget_recording(self._number)
@@ -88,6 +94,10 @@ class CpuGraph:
 
 class _Watch(Recorder):
     """Lets views, allocations and our own kernels pass, and looks into those."""
+
+    def __init__(self, ops: native.Operators) -> None:
+        super().__init__()
+        self._ops = ops
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -105,9 +115,14 @@ class _Watch(Recorder):
         if func.namespace == "tilewise":
             with self:
                 return CONTRACTS[func._opname]._run(*args)
+        if func._opname in _EMPTY:
+            made = func(*args, **kwargs)
+            return self._ops.recorded_empty_like(made) if made.is_cpu else made
         is_kernel = func.namespace.startswith("tilewise_")
-        if is_kernel or func._opname in _ALLOCATIONS or _is_view(func):
+        if is_kernel or func._opname in _HARMLESS or _is_view(func):
             return func(*args, **kwargs)
+        if func is torch.ops.aten.index.Tensor and _takes_rows(*args):
+            return self._ops.take_rows(args[0], *args[1])
         raise CaptureError(f"{func} is computed by PyTorch, and only C++ kernels can be recorded")
 
 
@@ -117,4 +132,19 @@ def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
+
+
+def _takes_rows(x: torch.Tensor, indices: list[torch.Tensor | None]) -> bool:
+    """Whether `x[indices]` is rows of x by number, such as our kernel takes."""
+    numbers = indices[0] if len(indices) == 1 else None
+    return (
+        numbers is not None
+        and numbers.dtype == torch.int64
+        and numbers.dim() == 1
+        and numbers.is_contiguous()
+        and x.is_cpu
+        and x.dim() >= 1
+        and len(x) > 0
+        and x[0].is_contiguous()
     )

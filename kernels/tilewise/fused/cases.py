@@ -25,6 +25,12 @@ def _norm(*shape: int, bias: bool = False, residual: bool = False, offset: float
     return make
 
 
+def _norm_of_heads(inputs: Inputs) -> dict[str, Any]:
+    """Heads that are a part of longer rows, as queries are of one projection with the keys."""
+    x = inputs.randn(5, 6 * 40)[:, 40:200].unflatten(-1, (4, 40))
+    return {"x": x, "weight": inputs.randn(40), "eps": 1e-5}
+
+
 def _rotary(*shape: int, rotary_dim: int, interleaved: bool = False) -> Make:
     def make(inputs: Inputs) -> dict[str, Any]:
         return {
@@ -118,6 +124,7 @@ CASES = [
     Case("rms_norm", "one", _norm(1, 1), grad=("x", "weight")),
     Case("rms_norm", "narrow", _norm(3, 7, residual=True), grad=("x", "weight", "residual")),
     Case("rms_norm", "wide", _norm(3, 4097), grad=("x", "weight")),
+    Case("rms_norm", "heads", _norm_of_heads, grad=("x", "weight")),
     Case("rms_norm", "many", _norm(1500, 17), grad=("x", "weight")),
     Case("rms_norm", "empty", _norm(0, 64)),
     Case("layer_norm", "rows", _norm(7, 576, bias=True), grad=("x", "weight", "bias")),

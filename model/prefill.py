@@ -1,0 +1,73 @@
+"""Prompts: several new tokens of each sequence at a time, recorded.
+
+A recording is made of as many tokens as there may be, and replayed on the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tilewise.model.gpt import GPT, PagedBatch
+from tilewise.model.recorded import RecordedModel
+from tilewise.paged import PagedKVCache
+
+__all__ = ["Prefill"]
+
+
+class Prefill(RecordedModel):
+    """Computes parts of the prompts of a fixed number of sequences.
+
+    Args:
+        gpt: the model.
+        cache: holds the sequences.
+        size: how many sequences have a part in a call.
+        tokens: how many tokens all parts have at most.
+    """
+
+    def __init__(self, gpt: GPT, cache: PagedKVCache, size: int, tokens: int) -> None:
+        super().__init__(gpt, cache, size, tokens, has_prompts=True)
+
+    @torch.no_grad()
+    def __call__(self, sequences: Sequence[int], parts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append to each sequence the next part of its prompt, and score what could follow.
+
+        Args:
+            sequences: of the cache, as many as `size`.
+            parts: token ids, at least one for each.
+
+        Returns:
+            Logits (size, vocab_size); the next call may overwrite them.
+
+        Raises:
+            OutOfPages: if the cache is full.
+        """
+        token_ids = [token for part in parts for token in part]
+        counts = [len(part) for part in parts]
+        graph = self._recorded()
+        if graph is None:
+            batch = PagedBatch.append(self._cache, sequences, counts)
+            return self._gpt(torch.tensor(token_ids, device=self._cache.device), batch)
+        self._write(sequences, token_ids, counts)
+        graph.replay(rows=len(token_ids))
+        return self._result
+
+    def _write(
+        self, sequences: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
+    ) -> None:
+        allocator, tokens = self._cache.allocator, len(token_ids)
+        slots = self._cache.append(sequences, counts)
+        self._token_ids.host[:tokens] = token_ids
+        self._slot_mapping.host[:tokens] = slots
+        self._slot_mapping.host[tokens:] = -1
+        end = 0
+        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            length = allocator.length(sequence)
+            self._positions.host[end : end + count] = np.arange(length - count, length)
+            end += count
+            self._cu_seqlens_q.host[row + 1] = end
+            self._last.host[row] = end - 1
+            self._cache_seqlens.host[row] = length
+            self._write_pages(row, allocator.pages(sequence))
