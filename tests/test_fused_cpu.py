@@ -124,6 +124,30 @@ def test_activations_end_at_0_and_at_infinity():
     assert tilewise.swiglu(minus_infinity, torch.ones(3), backend="cpu").isnan().all()
 
 
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+
+
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+@pytest.mark.parametrize("dtype", SMALLEST)
+def test_an_activation_of_16_bits_is_the_nearest_number(dtype, name):
+    """Of every one, though e^-x and the division are no longer those of float32."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+    y = x.double()
+    if name == "geglu":  # x (1 + tanh(u)) / 2, which is x sigmoid(2 u)
+        y = 2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)
+    actual = getattr(tilewise, name)(x, torch.ones_like(x), backend="cpu")
+    truth = x.double() * torch.sigmoid(y)
+    assert torch.equal(actual.isnan(), truth.isnan())
+    expected = truth.to(dtype)
+    assert torch.equal(actual.isinf(), expected.isinf())
+    number = expected.isfinite() & (expected.abs() > 1e-30)
+    steps = (actual[number].view(torch.int16) - expected[number].view(torch.int16)).abs()
+    assert steps.max() <= 1
+    assert (steps != 0).sum() <= 8
+    tiny = expected.abs() <= 1e-30
+    assert (actual[tiny].double() - truth[tiny]).abs().max() <= max(1e-30, 2 * SMALLEST[dtype])
+
+
 # --- past the dispatcher, but not past who watches it ---------------------------------------------
 
 

@@ -14,7 +14,7 @@ namespace {
 template <class Gate, class T>
 void forward_row(const T* gate, const T* up, T* out, int64_t n) {
   for_vectors(n, [&](int64_t i, auto part, int) {
-    part.store(out + i, Gate::value(part.load(gate + i)) * part.load(up + i));
+    part.store(out + i, Gate::template value<T>(part.load(gate + i)) * part.load(up + i));
   });
 }
 

@@ -160,15 +160,15 @@ inline F32 row_weights(float* s, int first, int last, F32 factor, F32 minus_max)
   for (; j + 3 * W <= last; j += 4 * W) {
 #pragma GCC unroll 2
     for (int i = 0; i < 4; i += 2) {
-      const F32 p = exp2_below_one(fma(load(s + j + i * W), factor, minus_max));
-      const F32 q = exp2_below_one(fma(load(s + j + i * W + W), factor, minus_max));
+      const F32 p = exp2_unclamped(fma(load(s + j + i * W), factor, minus_max));
+      const F32 q = exp2_unclamped(fma(load(s + j + i * W + W), factor, minus_max));
       sums[i] = sums[i] + p;
       sums[i + 1] = sums[i + 1] + q;
       store_pair(weights + j + i * W, p, q);
     }
   }
   for (; j <= last; j += W) {
-    const F32 p = exp2_below_one(fma(load(s + j), factor, minus_max));
+    const F32 p = exp2_unclamped(fma(load(s + j), factor, minus_max));
     sums[0] = sums[0] + p;
     store(weights + j, p);
   }

@@ -133,7 +133,7 @@ class DecodeWeights {
     const Arithmetic arithmetic = arithmetic_;
     for (int j = begin; j < end; j += W) {
       const F32 score = load(scores + j);
-      F32 weight = exp2_below_one((score - shift) * F32::all(LOG2E));
+      F32 weight = exp2_unclamped((score - shift) * F32::all(LOG2E));
       sum = sum + weight;
       if (has_scales) weight = weight * load(scales.v + j);
       if (arithmetic == Arithmetic::integers) {

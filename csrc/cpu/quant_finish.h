@@ -12,9 +12,9 @@ class Finisher {
  public:
   Finisher(const QuantizedMatmul& call, const float* low) : call_(call), low_(low) {
     switch (call.dtype) {
-      case DType::f32: finish_ = &Finisher::finish<float>; break;
-      case DType::f16: finish_ = &Finisher::finish<Half>; break;
-      default: finish_ = &Finisher::finish<BFloat16>; break;
+      case DType::f32: finish_ = finish_as<float>(call.finish); break;
+      case DType::f16: finish_ = finish_as<Half>(call.finish); break;
+      default: finish_ = finish_as<BFloat16>(call.finish); break;
     }
   }
 
@@ -28,6 +28,28 @@ class Finisher {
   }
 
  private:
+  using Finish = tilewise::Finish;
+  using Function = void (Finisher::*)(int64_t, int64_t, int, float*, float*) const;
+
+  template <class T>
+  static Function finish_as(Finish finish) {
+    switch (finish) {
+      case Finish::none: return &Finisher::finish<T, Finish::none>;
+      case Finish::gelu: return &Finisher::finish<T, Finish::gelu>;
+      case Finish::gelu_tanh: return &Finisher::finish<T, Finish::gelu_tanh>;
+      case Finish::silu: return &Finisher::finish<T, Finish::silu>;
+      default: return &Finisher::finish<T, Finish::swiglu>;
+    }
+  }
+
+  template <class T, Finish KIND>
+  static F32 activated(F32 v) {
+    if constexpr (KIND == Finish::none) return v;
+    if constexpr (KIND == Finish::gelu) return GeluErf::value<T>(v);
+    if constexpr (KIND == Finish::gelu_tanh) return GeluTanh::value<T>(v);
+    return Silu::value<T>(v);
+  }
+
   template <class T>
   void complete(int64_t row, int64_t column, int count, float* y) const {
     const int64_t n = call_.weight.rows;
@@ -42,7 +64,7 @@ class Finisher {
     });
   }
 
-  template <class T>
+  template <class T, Finish KIND>
   void finish(int64_t row, int64_t first, int count, float* y, float* up) const {
     if (low_ || call_.bias) {
       complete<T>(row, first, count, y);
@@ -52,14 +74,8 @@ class Finisher {
     const T* residual = static_cast<const T*>(call_.residual);
     T* out = static_cast<T*>(call_.out) + at;
     for_vectors(count, [&](int64_t i, auto part, int) {
-      F32 v = part.load(y + i);
-      switch (call_.finish) {
-        case tilewise::Finish::none: break;
-        case tilewise::Finish::gelu: v = GeluErf::value(v); break;
-        case tilewise::Finish::gelu_tanh: v = GeluTanh::value(v); break;
-        case tilewise::Finish::silu: v = Silu::value(v); break;
-        case tilewise::Finish::swiglu: v = Silu::value(v) * part.load(up + i); break;
-      }
+      F32 v = activated<T, KIND>(part.load(y + i));
+      if constexpr (KIND == Finish::swiglu) v = v * part.load(up + i);
       if (residual) v = v + part.load(residual + at + i);
       part.store(out + i, v);
     });
@@ -67,7 +83,7 @@ class Finisher {
 
   const QuantizedMatmul& call_;
   const float* low_;
-  void (Finisher::*finish_)(int64_t, int64_t, int, float*, float*) const;
+  Function finish_;
 };
 
 }  // namespace tilewise

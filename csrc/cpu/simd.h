@@ -164,10 +164,10 @@ inline F32 exp2(F32 x) {
   return scale_by_floor(p, x);
 }
 
-// 2^x for x <= 1, with a relative error below 1.8e-7, at two thirds of the cost: no clamp above, one
+// 2^x for x <= 128, with a relative error below 1.8e-7, at two thirds of the cost: no clamp above, one
 // degree less, and the power of two comes from the bits of the rounding itself. 0 below -150, where
-// not already below -126.5; NaN stays NaN.
-inline F32 exp2_below_one(F32 x) {
+// not already below -126.5; inf from 127.5 on at the latest; NaN stays NaN.
+inline F32 exp2_unclamped(F32 x) {
   F32 r;
   const F32 n = split_exponent(x, r);
   F32 p = F32::all(1.326472721e-3f);

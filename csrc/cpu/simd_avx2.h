@@ -17,6 +17,9 @@ inline F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }
 inline F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
 inline F32 operator/(F32 a, F32 b) { return _mm256_div_ps(a.v, b.v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+
+// a / b; see simd_avx512.h.
+inline F32 divide_near(F32 a, F32 b) { return a / b; }
 inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a.v, b.v); }
 inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a.v, b.v); }
 inline F32 sqrt(F32 a) { return _mm256_sqrt_ps(a.v); }

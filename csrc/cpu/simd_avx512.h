@@ -18,6 +18,15 @@ inline F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 inline F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 
+// a / b to 2^-22, for b not below 1 or NaN: a division takes 16 cycles on Intel's cores, as long as all
+// else of an activation.
+inline F32 divide_near(F32 a, F32 b) {
+  const __m512 inverse = _mm512_rcp14_ps(b.v), one = _mm512_set1_ps(1.0f);
+  // One step of Newton's; of the inverse of infinity, which is 0, it would be NaN.
+  const __m512 rest = _mm512_min_ps(_mm512_fnmadd_ps(b.v, inverse, one), one);
+  return _mm512_mul_ps(a.v, _mm512_fmadd_ps(inverse, rest, inverse));
+}
+
 // Sixteen pairs of bfloat16.
 struct Pairs {
   static constexpr int WIDTH = 32;

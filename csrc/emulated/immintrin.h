@@ -128,6 +128,7 @@ TILEWISE_PS_TERNARY(fmadd_ps)
 TILEWISE_PS_TERNARY(fnmadd_ps)
 TILEWISE_PS_TERNARY(fmsub_ps)
 
+inline __m512 _mm512_rcp14_ps(__m512 a) { return _mm512_div_ps(_mm512_set1_ps(1.0f), a); }
 inline __m512 _mm512_abs_ps(__m512 a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
 
 // The kernels round to integers only: no fraction bits, whose number would be in imm's upper half.
