@@ -1,6 +1,7 @@
 // Rows of bfloat16 in the order in which products of pairs want them (AVX-512).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/simd.h"
@@ -13,6 +14,27 @@ inline __m512i load_row(const BFloat16* p, int64_t count) {
   if (count >= 32) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
 }
+
+// The largest magnitude of some numbers.
+class LargestBfloat16 {
+ public:
+  void add(__m512i x) {  // 32 of them
+    const I32 magnitude = I32::all(0x7fff0000);
+    odd_ = max_bits(odd_, bits_as_f32(I32(x) & magnitude));
+    even_ = max_bits(even_, bits_as_f32((I32(x) << 16) & magnitude));
+  }
+
+  // NaN if one of them is.
+  float get() const {
+    float lanes[F32::WIDTH];
+    store(lanes, max_bits(odd_, even_));
+    return *std::max_element(lanes, lanes + F32::WIDTH,
+                             [](float a, float b) { return a < b || b != b; });
+  }
+
+ private:
+  F32 odd_ = F32::zero(), even_ = F32::zero();
+};
 
 // The first 32 elements of two rows, of which `count` are there, as 32 pairs.
 inline void zip_rows(const BFloat16* first, const BFloat16* second, int64_t count, BFloat16* left,

@@ -34,6 +34,12 @@ bool split_row(const float* x, int64_t depth, int64_t group_strips, bool halves,
 // The largest magnitude of `n` elements, a multiple of the vector; NaN if any is not finite.
 float largest(const float* x, int64_t n);
 
+// Whether a row can be multiplied in bfloat16, whose products take what is subnormal for zero: products of
+// tiny numbers would be lost, and pieces of what is not finite are NaN.
+inline bool fits_bfloat16(float largest) {
+  return largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f);
+}
+
 // `n` elements from data[at] in float32.
 void load_floats(DType dtype, const void* data, int64_t at, int64_t n, float* out);
 

@@ -9,6 +9,8 @@
 
 #include <atomic>
 
+#include "cpu/bf16_rows.h"
+
 namespace tilewise {
 
 constexpr int BLOCK = 8;  // strips that are widened at a time
@@ -16,13 +18,6 @@ constexpr int64_t BLOCK_PAIRS = BLOCK * STRIP / 2;
 constexpr int64_t MOST_ROWS = 768;  // of x in a pass: what one reads stays in the second level
 constexpr int64_t PAIR_PANELS = 8;  // of a task, about
 constexpr int SIDE = PANEL / PANEL_ROWS;  // panels of the weight in one of gemm.h
-
-// Of lanes 0, 16, ..., 1, 17, ... and so on; a NaN is larger than all. Zeros fill up what is not there.
-inline F32 largest_of(const BFloat16* x, int64_t n) {
-  F32 most = F32::zero();
-  for (int64_t i = 0; i < n; i += F32::WIDTH) most = max_bits(most, abs(load(x + i)));
-  return most;
-}
 
 // x in bfloat16, or its codes in fp8, which are exact there: in blocks, all rows of one behind each
 // other, and zeros up to a whole strip.
@@ -50,20 +45,16 @@ class PairRows {
     std::atomic<bool> possible{true};
     parallel_rows(rows_, depth, [&](int64_t m) {
       const BFloat16* row = static_cast<const BFloat16*>(call.x) + m * call.x_stride;
-      F32 most = F32::zero();
+      LargestBfloat16 largest;
       for (int64_t first = 0; first < depth; first += DEEP) {
         BFloat16* to = at(m, first);
-        const int64_t deep = std::min(depth - first, DEEP);
-        std::copy_n(row + first, deep, to);
-        std::fill_n(to + deep, round_up(deep, STRIP) - deep, BFloat16{0});
-        most = max_bits(most, largest_of(to, deep));
+        for (int64_t i = first; i < std::min(depth, first + DEEP); i += STRIP) {
+          const I32 strip = load_row(row + i, depth - i);
+          store_int(to + i - first, strip);
+          largest.add(strip.v);
+        }
       }
-      float of_lane[F32::WIDTH];
-      store(of_lane, most);
-      // Products of tiny numbers would be lost: what is subnormal is zero here.
-      const float largest = *std::max_element(
-          of_lane, of_lane + F32::WIDTH, [](float a, float b) { return a < b || b != b; });
-      if (!(largest == 0 || (largest >= 0x1p-90f && largest <= 0x1p100f))) possible = false;
+      if (!fits_bfloat16(largest.get())) possible = false;
     });
     is_possible = possible;
   }

@@ -25,6 +25,7 @@
 #include <atomic>
 #include <type_traits>
 
+#include "cpu/bf16_rows.h"
 #include "cpu/quant_tile_calls.h"
 #include "cpu/tile_products.h"
 
@@ -49,33 +50,55 @@ class FloatTiles {
     data_ = make_workspace<BFloat16>(PIECES * strips_ * rows_ * STRIP);
     std::atomic<bool> possible{true};
     parallel_rows(call.rows, strips_ * STRIP, [&](int64_t m) {
-      const SmallWorkspace<float, SMALL_DEPTH> row(strips_ * STRIP);
-      read(m, row.get());
-      // Pieces of what is not finite are NaN, and those of tiny numbers would be lost.
-      const float most = largest(row.get(), strips_ * STRIP);
-      if (!(most == 0 || (most >= 0x1p-90f && most <= 0x1p100f))) possible = false;
-      for (int64_t s = 0; s < strips_; ++s) {
-        for (int i = 0; i < STRIP; i += W) {
-          F32 rest = load(row.get() + s * STRIP + i);
-          for (int p = 0; p < PIECES; ++p) {
-            BFloat16* to = data_.get() + ((p * strips_ + s) * rows_ + m) * STRIP + i;
-            store(to, rest);
-            if (p + 1 < PIECES) rest = rest - load(to);
-          }
-        }
-      }
+      const bool is_copy = call.x_dtype == DType::bf16 && call.rounding == Rounding::none;
+      const float most = is_copy ? copy(call, m) : split(m, read);
+      if (!fits_bfloat16(most)) possible = false;
     });
     is_possible = possible;
   }
 
   const BFloat16* tile(int piece, int64_t strip, int64_t row) const {
-    return data_.get() + ((piece * strips_ + strip) * rows_ + row) * STRIP;
+    return at(piece, strip, row);
   }
   int64_t strip_bytes() const { return rows_ * TILE_BYTES; }
 
   bool is_possible;
 
  private:
+  BFloat16* at(int piece, int64_t strip, int64_t row) const {
+    return data_.get() + ((piece * strips_ + strip) * rows_ + row) * STRIP;
+  }
+
+  // Row m of x as it is; returns its largest magnitude.
+  float copy(const QuantizedMatmul& call, int64_t m) {
+    const BFloat16* row = static_cast<const BFloat16*>(call.x) + m * call.x_stride;
+    LargestBfloat16 largest;
+    for (int64_t s = 0; s < strips_; ++s) {
+      const I32 strip = load_row(row + s * STRIP, call.weight.depth - s * STRIP);
+      store_int(at(0, s, m), strip);
+      for (int p = 1; p < PIECES; ++p) store_int(at(p, s, m), I32::zero());
+      largest.add(strip.v);
+    }
+    return largest.get();
+  }
+
+  template <class Read>
+  float split(int64_t m, const Read& read) {
+    const SmallWorkspace<float, SMALL_DEPTH> row(strips_ * STRIP);
+    read(m, row.get());
+    for (int64_t s = 0; s < strips_; ++s) {
+      for (int i = 0; i < STRIP; i += W) {
+        F32 rest = load(row.get() + s * STRIP + i);
+        for (int p = 0; p < PIECES; ++p) {
+          BFloat16* to = at(p, s, m) + i;
+          store(to, rest);
+          if (p + 1 < PIECES) rest = rest - load(to);
+        }
+      }
+    }
+    return largest(row.get(), strips_ * STRIP);
+  }
+
   static constexpr int64_t SMALL_DEPTH = 4096;  // rows up to here are read to the stack
   int64_t strips_, rows_;
   Workspace<BFloat16> data_;
