@@ -90,6 +90,9 @@ class Generation:
 class LanguageModel:
     """A model with all that it takes to talk to it.
 
+    On a CPU it keeps the cache of the last call, up to 256 MB, and recordings of what was computed
+    on it, for the next one. Calls may overlap, from several threads too; each has its own then.
+
     Args:
         gpt: maps token ids to logits.
         tokenizer: None if the checkpoint had none; prompts are token ids then.

@@ -29,6 +29,9 @@ _PAGES_AT_A_TIME = 64
 _MOST_KEPT = 256 << 20
 """Bytes of a cache that may wait for the next call."""
 
+_MOST_PREFILLS = 2
+"""For so many numbers of prompts at once: each holds the activations of a chunk."""
+
 
 class Session:
     """A cache for the sequences of one call of `generate`, and what computes on it.
@@ -63,11 +66,15 @@ class Session:
     def prefill(self, size: int, tokens: int) -> Prefill:
         """What computes up to so many tokens of so many prompts."""
         key = (size, tokens)
-        if key not in self._prefills:
+        prefill = self._prefills.pop(key, None)
+        if prefill is None:
+            while len(self._prefills) >= _MOST_PREFILLS:
+                del self._prefills[next(iter(self._prefills))]  # the one not used for longest
             with torch.inference_mode(False):
-                self._prefills[key] = Prefill(self._gpt, self.cache, size, tokens)
+                prefill = Prefill(self._gpt, self.cache, size, tokens)
+        self._prefills[key] = prefill
         self._used.setdefault(key)
-        return self._prefills[key]
+        return prefill
 
     def decoder(
         self, size: int, longest: int, sampling: Mapping[str, Any]
