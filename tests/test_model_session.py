@@ -201,15 +201,14 @@ def test_a_text_that_nobody_reads_to_its_end_leaves_its_pages(lm, captures):
 
 
 def test_few_recordings_of_prompts_are_held(lm):
-    """Of many prompts in small chunks, which are sometimes one prompt's and sometimes five's."""
-    prompts = [PROMPT * (1 + i % 3) for i in range(9)] + [[7]] * 9
+    """Of prompts in small chunks, which are sometimes one prompt's and sometimes nine's."""
+    prompts = [[7]] * 9 + [PROMPT[:2]] * 5 + [PROMPT[:4]] * 4 + [PROMPT * 3]
     run = tilewise.model.generate._Run(lm, prompts, 2, chunk_size=9, ignore_eos=True)
-    held, used = [], []
+    held = []
     for _ in run.steps():
-        held.append(len(run._session._prefills))
-        used.append(len(run._session._used))
-    assert max(held) == session._MOST_PREFILLS
-    assert max(used) > 4
+        held.append({size for size, _ in run._session._prefills})
+    assert max(map(len, held)) == session._MOST_PREFILLS
+    assert len(set().union(*held)) >= 4
     expected = [fresh(lm, prompt)[:2] for prompt in prompts]
     assert [s.generation.token_ids for s in run.sequences] == expected
 
