@@ -4,7 +4,7 @@
 // PyTorch. The operators write to tensors that Python has allocated, and are registered under the
 // instruction set's name, so that several libraries can be loaded side by side.
 //
-// The operators plain_* are the exception: Python gives them a call's arguments before it has looked
+// Those of recordings allocate, too, and so do the operators plain_*, which are the exception: Python gives them a call's arguments before it has looked
 // at them. They make calls without anything special about them, results allocated and all, and
 // return nothing for any other, which then goes the ordinary way, past the checks that can say what
 // is wrong with it. They must refuse whatever a check refuses. They are registered for the dispatch

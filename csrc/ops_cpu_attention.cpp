@@ -107,8 +107,9 @@ void attention_op(Tensor q, Tensor k, Tensor v, OptionalTensor k_scale, Optional
   Attention a = describe(q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table,
                          cache_seqlens, out, lse);
   set_options(a, alibi_slopes, sinks, bias, causal, scale, window_left, window_right, softcap);
-  run_kernel<&attention_forward>(a, {}, q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k,
-                                 block_table, cache_seqlens, alibi_slopes, sinks, bias, out, lse);
+  run_kernel<&attention_forward, &Attention::q_tokens>(
+      a, {}, q, k, v, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table, cache_seqlens,
+      alibi_slopes, sinks, bias, out, lse);
 }
 
 // --- the whole call, where it is plain -----------------------------------------------------------

@@ -36,13 +36,14 @@ Norm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const Rows rows = rows_of(x), added = rows_of(residual);
   Norm norm{};
   norm.dtype = dtype_of(x);
-  norm.rows = rows.rows;
+  norm.tokens = rows.rows;
+  norm.heads = 1;
   norm.dim = rows.dim;
   norm.x = rows.data;
-  norm.heads = 1;
   norm.x_stride = rows.stride;
   if (x.dim() == 3) {
-    norm.heads = std::max<int64_t>(x.size(1), 1);
+    norm.tokens = x.size(0);
+    norm.heads = x.size(1);
     norm.x_stride = x.stride(0);
     norm.x_head_stride = x.stride(1);
   }
@@ -59,7 +60,7 @@ Norm describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
 void rms_norm_op(Tensor x, Tensor weight, double eps, OptionalTensor residual, Tensor out,
                  OptionalTensor sum) {
   const Norm norm = describe(x, weight, {}, eps, residual, out, sum);
-  run_kernel<&rms_norm, &Norm::rows>(norm, {}, x, weight, residual, out, sum);
+  run_kernel<&rms_norm, &Norm::tokens>(norm, {}, x, weight, residual, out, sum);
 }
 
 std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor weight, double eps,
@@ -85,7 +86,7 @@ std::tuple<OptionalTensor, OptionalTensor> plain_rms_norm_op(Tensor x, Tensor we
 void layer_norm_op(Tensor x, Tensor weight, OptionalTensor bias, double eps,
                    OptionalTensor residual, Tensor out, OptionalTensor sum) {
   const Norm norm = describe(x, weight, bias, eps, residual, out, sum);
-  run_kernel<&layer_norm, &Norm::rows>(norm, {}, x, weight, bias, residual, out, sum);
+  run_kernel<&layer_norm, &Norm::tokens>(norm, {}, x, weight, bias, residual, out, sum);
 }
 
 NormBackward describe_backward(const Tensor& grad_out, const OptionalTensor& grad_sum,

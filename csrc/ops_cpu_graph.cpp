@@ -244,6 +244,7 @@ void replay(int64_t number, int64_t times, int64_t rows) {
   const auto replayed = find_recording(number);
   STD_TORCH_CHECK(replayed->rows ? 1 <= rows && rows <= replayed->rows : rows == 0,
                   "rows: from 1 to what was recorded");
+  const RowCount count{replayed->rows, rows};
   Team team(thread_count());
   // An error must not cross the threads: it is thrown again where Python waits for it.
   std::exception_ptr error;
@@ -251,7 +252,7 @@ void replay(int64_t number, int64_t times, int64_t rows) {
     if (begin != 0) return team.help(begin);
     led_team = &team;
     try {
-      for (int64_t i = 0; i < times; ++i) run_calls(replayed->calls, {replayed->rows, rows}, team, i + 1 < times);
+      for (int64_t i = 0; i < times; ++i) run_calls(replayed->calls, count, team, i + 1 < times);
     } catch (...) {
       error = std::current_exception();
     }
@@ -330,7 +331,7 @@ Tensor take_rows_op(Tensor x, Tensor numbers) {
   taken.numbers = static_cast<const int64_t*>(numbers.data_ptr());
   taken.count = size[0];
   taken.out = static_cast<char*>(out.data_ptr());
-  run_kernel<&take_rows>(taken, {}, x, numbers, out);
+  run_kernel<&take_rows, &TakenRows::count>(taken, {}, x, numbers, out);
   return out;
 }
 

@@ -19,15 +19,14 @@ struct Upcoming {
   int64_t bytes = 0, parts = 1;
 };
 
-// How many rows a replay is about, of those that were recorded. Every kernel's rows of results depend
-// on the same rows of its input alone, so a call on more of them than needed is slow and not wrong.
+// How many rows a replay is about, of those that were recorded. A call that is not told computes the
+// others, too: that takes longer, but a row of results depends on the same row of x alone, and whoever
+// reads others as well (attention) knows by other numbers which there are.
 struct RowCount {
   int64_t recorded = 0, wanted = 0;
 
-  // Of a call on `rows` rows: there may be several of each (heads), or none of these.
-  int64_t of(int64_t rows) const {
-    return recorded > 0 && rows % recorded == 0 ? rows / recorded * wanted : rows;
-  }
+  // Of a call on `rows` rows: it is about all of them, or about others.
+  int64_t of(int64_t rows) const { return rows == recorded ? wanted : rows; }
 };
 
 // Adds a call to the recording of this thread; is_recording() first.

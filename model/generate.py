@@ -17,8 +17,10 @@ from tilewise import checks
 from tilewise.model.chat import render_chat
 from tilewise.model.decode import MOST_STEPS, Sampler
 from tilewise.model.gpt import GPT
+from tilewise.model.prefill import MOST_TOKENS
 from tilewise.model.session import Session
 from tilewise.model.tokenizer import TextStream, Tokenizer
+from tilewise.paged import kv_formats
 
 __all__ = ["Generation", "LanguageModel", "Stream", "Timings"]
 
@@ -91,7 +93,8 @@ class LanguageModel:
     """A model with all that it takes to talk to it.
 
     On a CPU it keeps the cache of the last call, up to 256 MB, and recordings of what was computed
-    on it, for the next one. Calls may overlap, from several threads too; each has its own then.
+    on it, which hold the activations of 512 tokens of a layer, for the next one. Calls may overlap,
+    from several threads too; each has its own then.
 
     Args:
         gpt: maps token ids to logits.
@@ -304,13 +307,16 @@ class _Run:
             text = model.tokenizer.stream(ids) if model.tokenizer else None
             generation = Generation(ids, self._timings)
             self.sequences.append(_Sequence(len(self.sequences), generation, text))
-        lengths = [len(s.generation.prompt_ids) + max_new_tokens for s in self.sequences]
-        self._longest = max(lengths, default=0)
-        self._session = _take_session(model, lengths, cache_dtype)
-        self._cache = self._session.cache
+        self._lengths = [len(s.generation.prompt_ids) + max_new_tokens for s in self.sequences]
+        self._longest = max(self._lengths, default=0)
+        self._cache_dtype = cache_dtype if cache_dtype is not None else model.gpt.dtype
+        stored = kv_formats.stored_dtype(self._cache_dtype)  # refused now, and not in `steps`
+        kv_formats.stored_width("head_dim", config.head_dim, stored)
 
     def steps(self) -> Iterator[list[str]]:
         """Run to the end; yields after each run of the model what text it added to each prompt."""
+        self._session = _take_session(self._model, self._lengths, self._cache_dtype)
+        self._cache = self._session.cache
         try:
             yield from self._steps()
         except GeneratorExit:  # who reads the text has enough of it
@@ -367,7 +373,8 @@ class _Run:
     @torch.no_grad()
     def _prefill(self, chunks: list[tuple[_Sequence, list[int]]]) -> list[str]:
         """Feed sequences parts of their prompts; where one is complete, take the first token."""
-        prefill = self._session.prefill(len(chunks), self._chunk_size)
+        most = min(self._chunk_size, MOST_TOKENS)
+        prefill = self._session.prefill(len(chunks), most)
         logits = prefill([s.cached for s, _ in chunks], [ids for _, ids in chunks])
         complete = [
             row
@@ -416,19 +423,18 @@ class _Run:
 
 
 def _take_session(
-    model: LanguageModel, tokens: list[int], cache_dtype: torch.dtype | str | None
+    model: LanguageModel, tokens: list[int], cache_dtype: torch.dtype | str
 ) -> Session:
     """The session that the last call has left, if it fits this one, or a new one.
 
     Where calls overlap, each has its own.
     """
-    dtype = cache_dtype if cache_dtype is not None else model.gpt.dtype
     try:
         session = model._idle.pop()  # in one step: nobody else shall have it too
     except IndexError:
         session = None
-    if session is None or not session.fits(model.gpt, tokens, dtype):
-        session = Session(model.gpt, tokens, dtype)
+    if session is None or not session.fits(model.gpt, tokens, cache_dtype):
+        session = Session(model.gpt, tokens, cache_dtype)
     return session
 
 

@@ -14,7 +14,10 @@ from tilewise.model.gpt import GPT, PagedBatch
 from tilewise.model.recorded import RecordedModel
 from tilewise.paged import PagedKVCache
 
-__all__ = ["Prefill"]
+__all__ = ["MOST_TOKENS", "Prefill"]
+
+MOST_TOKENS = 512
+"""Of a recording: beside more of them Python takes little time, and their results much memory."""
 
 
 class Prefill(RecordedModel):
@@ -24,11 +27,12 @@ class Prefill(RecordedModel):
         gpt: the model.
         cache: holds the sequences.
         size: how many sequences have a part in a call.
-        tokens: how many tokens all parts have at most.
+        tokens: how many tokens all parts have where a call is recorded.
     """
 
     def __init__(self, gpt: GPT, cache: PagedKVCache, size: int, tokens: int) -> None:
         super().__init__(gpt, cache, size, tokens, has_prompts=True)
+        self._tokens = tokens
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[int], parts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -46,7 +50,7 @@ class Prefill(RecordedModel):
         """
         token_ids = [token for part in parts for token in part]
         counts = [len(part) for part in parts]
-        graph = self._recorded()
+        graph = self._recorded() if len(token_ids) <= self._tokens else None
         if graph is None:
             batch = PagedBatch.append(self._cache, sequences, counts)
             return self._gpt(torch.tensor(token_ids, device=self._cache.device), batch)
@@ -57,11 +61,11 @@ class Prefill(RecordedModel):
     def _write(
         self, sequences: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
     ) -> None:
+        # To what is recorded, which is on the CPU, where `host` is the tensor's own memory.
         allocator, tokens = self._cache.allocator, len(token_ids)
         slots = self._cache.append(sequences, counts)
         self._token_ids.host[:tokens] = token_ids
         self._slot_mapping.host[:tokens] = slots
-        self._slot_mapping.host[tokens:] = -1
         end = 0
         for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
             length = allocator.length(sequence)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules import module as _modules
 
 from tilewise import native
 from tilewise.dispatch import requests
@@ -82,12 +83,12 @@ class RecordedModel:
         self._recorded_in: tuple[object, ...] = ()
         modules = list(gpt.modules())
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [_modules._global_forward_hooks, _modules._global_forward_pre_hooks]
         self._weights = [
             (held, name)
             for module in modules
             for held in (module._parameters, module._buffers)
-            for name, x in held.items()
-            if x is not None
+            for name in held
         ]
         self._result = torch.empty(0)
         self.why_not_recorded: str | None = None
@@ -130,6 +131,9 @@ class RecordedModel:
 
     def _recorded(self) -> CpuGraph | None:
         """The recording, if there can be one and the model would do the same now."""
+        if self._cache.device.type != "cpu":
+            self.why_not_recorded = "only C++ kernels can be recorded"
+            return None
         if any(self._hooks):
             self.why_not_recorded = "a forward hook is to see every call"
             return None

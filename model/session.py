@@ -17,7 +17,7 @@ from tilewise.model.decode import Decoder, Sampler
 from tilewise.model.gpt import GPT
 from tilewise.model.prefill import Prefill
 from tilewise.model.recorded import RecordedModel
-from tilewise.paged import PagedKVCache, kv_formats
+from tilewise.paged import PagedKVCache
 
 __all__ = ["Session"]
 
@@ -47,7 +47,7 @@ class Session:
         if gpt.device.type == "cpu":
             pages = -(-pages // _PAGES_AT_A_TIME) * _PAGES_AT_A_TIME
         config = gpt.config
-        self._gpt = gpt
+        self._gpt, self._dtype = gpt, dtype
         with torch.inference_mode(False):  # it may outlive it
             self.cache = PagedKVCache(
                 config.layers,
@@ -109,7 +109,7 @@ class Session:
         return (
             gpt is self._gpt
             and _pages(tokens) <= self.cache.allocator.num_pages
-            and self.cache.layer(0).k.dtype == kv_formats.stored_dtype(dtype)
+            and dtype == self._dtype
             and self._model.is_as_it_was()
             and all(model.is_recorded for model in self._recordings())
         )
@@ -140,20 +140,26 @@ class _Snapshot:
         self._modules = []
         for module in gpt.modules():
             held = vars(module)
-            names = [name for name in held if not name.startswith("_")]
-            self._modules.append((held, module._modules, operator.itemgetter("training", *names)))
+            # At least two names, of which it makes a tuple.
+            public = [name for name in held if not name.startswith("_")]
+            settings = operator.itemgetter("_modules", "_parameters", *public)
+            self._modules.append((module, held, settings))
         self._objects = self._look()  # held on to: a new object must not have an old one's id
         self._ids = _ids(self._objects)
 
     def is_as_it_was(self) -> bool:
-        return _ids(self._look()) == self._ids
+        try:
+            return _ids(self._look()) == self._ids
+        except KeyError:  # a setting is gone
+            return False
 
     def _look(self) -> list[tuple[Any, ...]]:
-        impls = tuple(op.impls for op in OPS.values())
-        return [
-            impls,
-            *((len(held), *settings(held), *m.values()) for held, m, settings in self._modules),
-        ]
+        looks: list[tuple[Any, ...]] = [tuple(op.impls for op in OPS.values())]
+        for module, held, settings in self._modules:
+            kind = type(module)
+            sizes = len(held), len(held["_parameters"]), len(held["_buffers"])
+            looks.append((kind, kind.forward, *sizes, *settings(held), *held["_modules"].values()))
+        return looks
 
 
 def _ids(objects: list[tuple[Any, ...]]) -> list[list[int]]:

@@ -182,6 +182,14 @@ def test_heads_are_rows_of_their_tokens():
     assert torch.equal(out[:5], turned(5))
 
 
+def test_numbers_of_rows_that_are_not_there_are_not_looked_at():
+    x, numbers = Inputs().randn(60, 3), torch.arange(40)
+    graph, out = CpuGraph.capture(lambda: x[numbers], rows=40)
+    numbers[5:] = 10**6
+    graph.replay(rows=5)
+    assert torch.equal(out[:5], x[:5])
+
+
 @pytest.mark.parametrize("rows", [0, 41, -1])
 def test_rows_that_were_not_recorded_are_refused(rows):
     graph, _ = CpuGraph.capture(Layer(40), rows=40)

@@ -120,6 +120,42 @@ def test_prompts_in_chunks_give_what_the_model_gives(gpt, monkeypatch, replays, 
         assert [r.token_ids for r in results] == [r.token_ids for r in expected]
 
 
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 4), (2, 8), (4, 16), (4, 4)])
+def test_heads_of_all_prompts_may_be_as_many_as_the_tokens_of_a_call(monkeypatch, prompts, tokens):
+    """Those behind the last layer's keys are of the prompts, however few tokens there are."""
+    gpt = heads_with_norms()
+    config = gpt.config
+    assert prompts * config.heads % tokens == 0
+
+    def scored() -> torch.Tensor:
+        cache = PagedKVCache(config.layers, 20, 4, config.kv_heads, config.head_dim)
+        sequences = [cache.add_sequence() for _ in range(prompts)]
+        prefill, logits = Prefill(gpt, cache, prompts, tokens), []
+        for extra in (0, tokens - prompts, (tokens - prompts) // 2):
+            parts = [[3 + i] * (1 + extra * (i == 0)) for i in range(prompts)]
+            logits.append(prefill(sequences, parts).clone())
+        return torch.cat(logits)
+
+    scored()
+    actual = scored()
+    monkeypatch.setattr(Prefill, "_record", lambda self: None)
+    assert torch.equal(actual, scored())
+
+
+def test_more_tokens_than_a_recording_has_are_computed_all_the_same(gpt, replays):
+    lm, prompt = LanguageModel(gpt), [1 + i % 60 for i in range(gpt.config.max_positions - 2)]
+    expected = lm.generate(prompt, 1).token_ids
+    lm.generate(prompt[:9], 1)
+    replays.clear()
+    lm.generate(prompt[:9], 1, chunk_size=1 << 40)
+    assert len(replays) == 1
+    cache = PagedKVCache(gpt.config.layers, 60, 16, gpt.config.kv_heads, gpt.config.head_dim)
+    prefill = Prefill(gpt, cache, 1, 5)
+    logits = prefill([cache.add_sequence()], [prompt])
+    assert len(replays) == 1
+    assert int(logits.argmax()) == expected[0]
+
+
 def test_a_model_that_cannot_be_recorded_says_why(tmp_path):
     gpt = load(write_llama_gguf(tmp_path / "plain.gguf", quantized=False)).gpt
     logits, prefill = scored(gpt)

@@ -8,17 +8,24 @@ import pickle
 import pytest
 import torch
 from model_files import write_llama_gguf
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 import tilewise
 from tilewise import native
 from tilewise.graph import CpuGraph
-from tilewise.model import LanguageModel, load, session
+from tilewise.model import GPT, GPTConfig, LanguageModel, load, session
 from tilewise.model.layers import set_act
 
 pytestmark = pytest.mark.skipif(
     native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
 )
 
+TINY = GPTConfig(
+    vocab_size=8, max_positions=8, layers=1, dim=8, heads=1, kv_heads=1, head_dim=8, ffn_dim=8
+)
 PROMPT = [3, 14, 15, 9, 2, 6]
 LONG = [1 + i % 40 for i in range(1100)]
 
@@ -57,16 +64,14 @@ def fresh(model: LanguageModel, prompt=PROMPT, **options) -> list[int]:
     return generated(LanguageModel(copy.deepcopy(model.gpt)), prompt, **options)
 
 
-def test_the_next_call_records_nothing(lm, captures, replays):
-    expected = fresh(lm)
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:2], PROMPT * 3], ids=len)
+def test_the_next_call_records_nothing(lm, captures, replays, prompt):
+    expected = fresh(lm, prompt)
     captures.clear()
     replays.clear()
-    for prompt in (PROMPT, PROMPT[:2], PROMPT * 3):
-        assert generated(lm, prompt) == fresh(LanguageModel(lm.gpt), prompt) or captures
-    captures.clear()
-    assert generated(lm) == expected
+    assert generated(lm, prompt) == expected
     assert not captures
-    assert (1, len(PROMPT)) in replays
+    assert replays[0] == (1, len(prompt))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +86,14 @@ def test_the_next_call_records_nothing(lm, captures, replays):
     ids=str,
 )
 def test_other_options_are_heeded(lm, options):
+    other = LanguageModel(copy.deepcopy(lm.gpt))
     for _ in range(2):
         assert generated(lm, **options) == fresh(lm, **options)
+        generated(other, **options)
+        (left,), (expected,) = lm._idle, other._idle
+        assert [x.dtype for x in left.cache.layer(0)[:2]] == [
+            x.dtype for x in expected.cache.layer(0)[:2]
+        ]
         assert generated(lm) == fresh(lm)
 
 
@@ -120,6 +131,20 @@ def no_second_block(gpt) -> None:
     del gpt.blocks[1]
 
 
+def a_bias(gpt) -> None:
+    layer = gpt.blocks[0].ffn.down
+    layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+
+
+class Nothing(type(GPT(TINY).blocks[0].ffn)):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def another_class(gpt) -> None:
+    gpt.blocks[0].ffn.__class__ = Nothing
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -130,8 +155,10 @@ def no_second_block(gpt) -> None:
         changed_weights,
         another_forward,
         no_second_block,
+        a_bias,
+        another_class,
     ],
-    ids=["act", "eps", "layer", "new weights", "weights", "forward", "blocks"],
+    ids=["act", "eps", "layer", "new weights", "weights", "forward", "blocks", "bias", "class"],
 )
 def test_a_model_that_was_changed_is_computed_anew(lm, change):
     prompt = PROMPT * 2
@@ -144,6 +171,30 @@ def test_a_model_that_was_changed_is_computed_anew(lm, change):
         run._choose = lambda x, sequences, seen=seen: seen.append(x.clone()) or [0]
         list(run.steps())
         torch.testing.assert_close(seen[0], logits(lm.gpt, prompt), atol=1e-4, rtol=1e-4)
+
+
+def test_a_method_that_is_patched_for_a_while_is_called(lm, monkeypatch):
+    expected = generated(lm)
+    for owner in (lm.gpt.blocks[0].ffn, type(lm.gpt.blocks[0].ffn)):
+        calls = []
+        with monkeypatch.context() as patch:
+            forward = owner.forward
+            patch.setattr(owner, "forward", lambda *a, f=forward, c=calls: c.append(a) or f(*a))
+            assert generated(lm) == expected
+        assert calls
+        assert generated(lm) == expected
+
+
+@pytest.mark.parametrize(
+    "register", [register_module_forward_hook, register_module_forward_pre_hook]
+)
+def test_a_hook_on_all_modules_is_called(lm, register):
+    expected, seen = generated(lm), []
+    handle = register(lambda module, *args: seen.append(module))
+    assert generated(lm) == expected
+    handle.remove()
+    assert seen.count(lm.gpt) == 6
+    assert generated(lm) == expected
 
 
 def logits(gpt, prompt) -> torch.Tensor:
@@ -196,8 +247,18 @@ def test_a_text_that_nobody_reads_to_its_end_leaves_its_pages(lm, captures):
     del stream
     (left,) = lm._idle
     assert left.cache.allocator.num_free_pages == left.cache.allocator.num_pages
+    expected = fresh(lm)
     captures.clear()
-    assert generated(lm) == fresh(LanguageModel(lm.gpt)) or captures
+    assert generated(lm) == expected
+    assert not captures
+
+
+def test_a_text_that_nobody_begins_to_read_takes_nothing(lm):
+    stream = lm.stream(PROMPT, 40)
+    del stream
+    with pytest.raises(ValueError, match="dtype: must be"):
+        lm.stream(PROMPT, cache_dtype="int5")
+    assert len(lm._idle) == 1
 
 
 def test_few_recordings_of_prompts_are_held(lm):

@@ -97,8 +97,8 @@ void norm_row(const Norm& norm, int64_t r) {
 template <bool CENTER, class T>
 void norm_rows(const Norm& norm) {
   const int64_t rows = rows_per_task(norm.dim);
-  parallel((norm.rows + rows - 1) / rows, [&](int64_t task) {
-    const int64_t end = std::min(norm.rows, (task + 1) * rows);
+  parallel((norm.rows() + rows - 1) / rows, [&](int64_t task) {
+    const int64_t end = std::min(norm.rows(), (task + 1) * rows);
     for (int64_t r = task * rows; r < end; ++r) norm_row<CENTER, T>(norm, r);
   });
 }

@@ -7,9 +7,8 @@ namespace tilewise {
 // Rows have a stride; what has none is contiguous.
 struct Norm {
   DType dtype;
-  int64_t rows, dim;
-  const void* x;           // (rows / heads, heads, dim)
-  int64_t heads;           // 1 where rows are all alike
+  int64_t tokens, heads, dim;  // rows are tokens times heads
+  const void* x;               // (tokens, heads, dim)
   int64_t x_stride, x_head_stride;
   const void* residual;  // (rows, dim) or null
   int64_t residual_stride;
@@ -18,6 +17,8 @@ struct Norm {
   void* out;           // (rows, dim)
   void* sum;           // x + residual, where there is a residual
   float eps;
+
+  int64_t rows() const { return tokens * heads; }
 };
 
 struct NormBackward {

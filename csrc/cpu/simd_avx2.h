@@ -71,7 +71,7 @@ inline F32 floor_exponent(F32 x) {
 inline F32 fraction(F32 x) { return x - floor_exponent(x); }
 inline F32 scale_by_floor(F32 p, F32 x) { return scale_by_power(p, floor_exponent(x), x); }
 
-// x = n + r with n an integer and |r| <= 0.5, for x <= 1. n is in a form for scale_by_split only,
+// x = n + r with n an integer and |r| <= 0.5, for x <= 128. n is in a form for scale_by_split only,
 // which is p * 2^n.
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here with the exponent's
 // bias: shifted, they are 2^n, or 0 where x was -127 or less.

@@ -18,8 +18,8 @@ inline F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 inline F32 operator/(F32 a, F32 b) { return _mm512_div_ps(a.v, b.v); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 
-// a / b to 2^-22, for b not below 1 or NaN: a division takes 16 cycles on Intel's cores, as long as all
-// else of an activation.
+// a / b to 2^-22, for b >= 1 and NaN: a division takes 16 cycles on Intel's cores, as long as all else of
+// an activation.
 inline F32 divide_near(F32 a, F32 b) {
   const __m512 inverse = _mm512_rcp14_ps(b.v), one = _mm512_set1_ps(1.0f);
   // One step of Newton's; of the inverse of infinity, which is 0, it would be NaN.
@@ -100,7 +100,7 @@ inline F32 fraction(F32 x) {
 }
 inline F32 scale_by_floor(F32 p, F32 x) { return scale_by_power(p, x, x); }  // floors by itself
 
-// x = n + r with n an integer and |r| <= 0.5, for x <= 1; scale_by_split is p * 2^n.
+// x = n + r with n an integer and |r| <= 0.5, for x <= 128; scale_by_split is p * 2^n.
 inline F32 split_exponent(F32 x, F32& r) {
   r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 where x is -inf
   return _mm512_sub_ps(x.v, r.v);

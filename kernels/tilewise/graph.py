@@ -55,7 +55,7 @@ class CpuGraph:
             function: calls C++ kernels on the CPU, and otherwise only makes views and allocates.
                 Every number it takes from a tensor would be frozen, so taking one is refused too.
             rows: how many rows (tokens) the function's tensors have, where a replay may want the
-                first of them alone. Nothing else in the function may have a multiple of that many.
+                first of them alone. What has that many and is none of them must be full then.
 
         Returns:
             The recording, and what the function returned: its tensors hold nothing until a replay
@@ -143,6 +143,7 @@ def _takes_rows(x: torch.Tensor, indices: list[torch.Tensor | None]) -> bool:
         and numbers.dtype == torch.int64
         and numbers.dim() == 1
         and numbers.is_contiguous()
+        and numbers.is_cpu
         and x.is_cpu
         and x.dim() >= 1
         and len(x) > 0
