@@ -62,15 +62,21 @@ QuantizedMatmul plain_product(const Tensor& x, const Tensor& weight, const Tenso
   return call;
 }
 
-void linear_op(Tensor x, Tensor weight, Tensor out) {
-  quantized_matmul(plain_product(x, weight, out));
+Upcoming reads_of(const Tensor& weight) {
+  return {static_cast<const char*>(weight.data_ptr()),
+          weight.numel() * element_size(dtype_of(weight))};
+}
+
+// out = x weight^T + bias
+void linear_op(Tensor x, Tensor weight, OptionalTensor bias, Tensor out) {
+  QuantizedMatmul call = plain_product(x, weight, out);
+  call.bias = pointer(bias);
+  run_kernel<&quantized_matmul, &QuantizedMatmul::rows>(call, reads_of(weight), x, weight, bias, out);
 }
 
 void router_logits_op(Tensor x, Tensor weight, Tensor out) {
   const QuantizedMatmul call = plain_product(x, weight, out);
-  const Upcoming reads{static_cast<const char*>(weight.data_ptr()),
-                       weight.numel() * element_size(dtype_of(weight))};
-  run_kernel<&router_logits, &QuantizedMatmul::rows>(call, reads, x, weight, out);
+  run_kernel<&router_logits, &QuantizedMatmul::rows>(call, reads_of(weight), x, weight, out);
 }
 
 }  // namespace
@@ -82,12 +88,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
       "Tensor gate_up_data, Tensor? gate_up_scales, Tensor? gate_up_zeros, int down_format, "
       "int down_group_size, Tensor down_data, Tensor? down_scales, Tensor? down_zeros, int top_k, "
       "bool normalize, Tensor(a!) out) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("router_logits(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CPU, m) {
   m.impl("moe", TORCH_BOX(&tilewise::moe_op));
-  m.impl("linear", TORCH_BOX(&tilewise::Recorded<&tilewise::linear_op>::call));
+  m.impl("linear", TORCH_BOX(&tilewise::linear_op));
   m.impl("router_logits", TORCH_BOX(&tilewise::router_logits_op));
 }

@@ -111,7 +111,7 @@ class Session:
             and _pages(tokens) <= self.cache.allocator.num_pages
             and dtype == self._dtype
             and self._model.is_as_it_was()
-            and all(model.is_recorded for model in self._recordings())
+            and all(model.is_recorded for model in self._recordings() if model.has_recording)
         )
 
     def _recordings(self) -> list[RecordedModel]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tilewise as tw
 from tilewise import native
 from tilewise.graph import CaptureError, CpuGraph
-from tilewise.testing import Inputs, nan_filled_empty
+from tilewise.testing import Inputs, assert_agrees, nan_filled_empty
 
 pytestmark = pytest.mark.skipif(
     native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
@@ -242,6 +244,67 @@ def test_rows_by_number_are_recorded(dtype):
         numbers[0] = len(of)
         with pytest.raises(RuntimeError, match="index: out of range"):
             graph.replay()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [1, 31, 64, 577])
+def test_linear_layers_of_a_few_rows_are_recorded(dtype, has_bias, rows, depth):
+    inputs = Inputs(dtype)
+    x, weight = inputs.randn(rows, depth + 3)[:, :depth], inputs.randn(70, depth)
+    bias = inputs.randn(70) if has_bias else None
+
+    def layer() -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    for grad_mode in (torch.no_grad, torch.inference_mode):
+        with grad_mode():
+            graph, out = CpuGraph.capture(layer)
+        for factor in (1, -2):
+            x *= factor
+            graph.replay()
+            args = (x, weight, *([] if bias is None else [bias]))
+            truth = F.linear(*(t.double() for t in args))
+            assert_agrees(out, F.linear(*args), truth)
+
+
+def test_tiny_and_infinite_numbers_come_through_a_recorded_linear_layer():
+    weight = torch.ones(3, 64, dtype=torch.bfloat16)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    graph, out = CpuGraph.capture(lambda: F.linear(x, weight))
+    for value in (2.0**-133, 2.0**-126, math.inf, -math.inf, math.nan, 3e38):
+        x[0, 5] = value
+        graph.replay()
+        torch.testing.assert_close(out, F.linear(x, weight), rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_embedding_is_recorded():
+    table, ids = Inputs().randn(20, 6), torch.tensor([3, 0, 19])
+    graph, out = CpuGraph.capture(lambda: F.embedding(ids, table))
+    graph.replay()
+    assert torch.equal(out, table[ids])
+    ids[1] = 20
+    with pytest.raises(RuntimeError, match="index: out of range"):
+        graph.replay()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x: F.linear(x.expand(5, 8), torch.ones(4, 8)),
+        lambda x: x @ torch.ones(8, 4),
+        lambda x: F.linear(x.double(), torch.ones(4, 8).double()),
+        lambda x: torch.addmm(torch.ones(1, 4), x, torch.ones(4, 8).mT),
+        lambda x: torch.addmm(torch.ones(4), x, torch.ones(4, 8).mT, beta=2),
+        lambda x: F.linear(x, torch.ones(4, 8), torch.ones(4, dtype=torch.float64)),
+    ],
+    ids=["many rows", "not turned", "float64", "bias of rows", "beta", "mixed"],
+)
+def test_other_products_are_refused(layer):
+    x = Inputs().randn(1, 8)
+    with pytest.raises((CaptureError, RuntimeError), match=r"only C\+\+ kernels|dtype"):
+        CpuGraph.capture(lambda: layer(x))
 
 
 @pytest.mark.parametrize(

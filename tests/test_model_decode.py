@@ -26,6 +26,7 @@ needs_cpu = pytest.mark.skipif(
 
 TYPES = gguf.GGMLQuantizationType
 MODELS = {
+    "plain weights": {"quantized": False},
     "v as q and k": {"v_type": TYPES.Q4_1},
     "v of its own type": {"v_type": TYPES.Q8_0},
     "experts": {"experts": 4},
@@ -34,7 +35,7 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def gpt(tmp_path_factory, request):
-    """A model whose every weight is quantized but for norms and routers."""
+    """A model without an operation that is PyTorch's alone."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     return load(write_llama_gguf(path, **MODELS[request.param])).gpt
 
@@ -50,6 +51,13 @@ def decoded(gpt, steps: int = 12, size: int = 2) -> tuple[list[torch.Tensor], De
         tokens = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
         logits.append(decoder.step(sequences, tokens).clone())
     return logits, decoder
+
+
+def same(logits: torch.Tensor, others: torch.Tensor, gpt) -> bool:
+    """Whether they are, to the last bit where the linear layers are ours in any case."""
+    if isinstance(gpt.embedding, torch.nn.Embedding):
+        return torch.allclose(logits, others, rtol=1e-4, atol=1e-4)
+    return torch.equal(logits, others)
 
 
 def started(gpt) -> tuple[Decoder, int]:
@@ -69,7 +77,7 @@ def test_replayed_steps_are_the_models_own(gpt, monkeypatch):
     monkeypatch.setattr(Decoder, "_record", lambda self: None)
     expected, _ = decoded(gpt)
     for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+        assert same(a, e, gpt)
 
 
 @needs_cpu
@@ -82,7 +90,7 @@ def test_what_the_first_run_of_a_model_prepares_is_not_recorded(gpt):
     assert decoder.why_not_recorded is None
     actual, decoder = decoded(gpt, steps=1)
     assert decoder.why_not_recorded is None
-    assert torch.equal(actual[0], expected[0])
+    assert same(actual[0], expected[0], gpt)
 
 
 def test_another_backend_is_not_recorded(gpt):
@@ -110,11 +118,11 @@ def test_experts_are_recorded_in_any_dtype(tmp_path, monkeypatch, replays, dtype
 @pytest.mark.parametrize(
     ("file", "backends", "what"),
     [
-        ({"quantized": False}, {}, "aten.embedding"),
+        ({"quantized": False}, {"rms_norm": "naive"}, "aten."),
         ({}, {"router_logits": "torch"}, "aten.(linear|mm|t)"),
         ({}, {"moe": "naive"}, "aten."),
     ],
-    ids=["plain weights", "router", "experts"],
+    ids=["norm", "router", "experts"],
 )
 def test_experts_that_are_not_recorded_say_why(tmp_path, file, backends, what):
     gpt = load(write_llama_gguf(tmp_path / "moe.gguf", experts=4, **file)).gpt

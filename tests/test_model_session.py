@@ -290,9 +290,20 @@ def test_a_large_cache_is_not_kept(lm, monkeypatch):
 
 
 def test_a_model_that_cannot_be_recorded_keeps_nothing(tmp_path):
-    model = load(write_llama_gguf(tmp_path / "plain.gguf", quantized=False))
-    generated(model)
+    model = LanguageModel(GPT(TINY.replace(norm="layer_norm", ffn="gelu", positions="learned")))
+    model.generate([1, 2], 4)
     assert not model._idle
+
+
+def test_a_model_of_which_decoding_alone_is_recorded_keeps_that(tmp_path, captures, replays):
+    model = load(write_llama_gguf(tmp_path / "plain.gguf", quantized=False))
+    expected = generated(model)
+    generated(model)
+    captures.clear()
+    replays.clear()
+    assert generated(model) == expected
+    assert not captures
+    assert {rows for _, rows in replays} == {None}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   const Finisher finish(call, low.get());
   if (call.rows == 0 || finish.outputs() == 0) return;
   if (is_plain(call.weight.format)) {
+    if (multiply_plain_pairs(call, finish)) return;
     const Floats x(call, Rounding::none, true);
     return multiply_plain(call, finish, x.data, x.stride);
   }

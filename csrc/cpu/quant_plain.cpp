@@ -2,16 +2,22 @@
 // needs where its weights are not quantized.
 //
 // Rows of the weight are packed for gemm.h, 256 deep, and all rows of x of the segment run over them;
-// a few rows of x are multiplied with the weight's rows as they lie.
+// a few rows of x are multiplied with the weight's rows as they lie, bfloat16 in pairs.
+#include "cpu/decode_pairs.h"
 #include "cpu/decode_rows.h"
 #include "cpu/gemm.h"
+#include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"
+
+#if defined(__AVX512BF16__)
+#include "cpu/bf16_rows.h"
+#endif
 
 namespace tilewise {
 namespace {
 
-constexpr int64_t SHARED_PANELS = 8;           // in a pass over x
-constexpr int64_t TASK_BYTES = 32 << 10;       // of the weight where x has few rows
+constexpr int64_t SHARED_PANELS = 8;       // in a pass over x
+constexpr int64_t TASK_BYTES = 128 << 10;  // of the weight where x has few rows
 
 // The rows of some panels. Those past the last row are the last one: nobody reads their products.
 template <class T>
@@ -27,14 +33,16 @@ Workspace<const void*> rows_of(const QuantizedWeight& w, const Segment& segment,
   return rows;
 }
 
-template <class T, int R = ROWS>
-void multiply_few(const float* x, int64_t x_stride, int64_t x_rows, const void* const* rows,
-                  int64_t count, int64_t depth, float* sums, int64_t sums_stride) {
+template <class P, class T, int R = ROWS>
+void multiply_few(const typename P::Element* x, int64_t x_stride, int64_t x_rows,
+                  const void* const* rows, int64_t count, int64_t depth, float* sums,
+                  int64_t sums_stride) {
   for (; x_rows >= R; x_rows -= R, x += R * x_stride, sums += R * sums_stride) {
-    dot_rows<T, R, false>(x, x_stride * 4, {rows, 0}, {}, count, depth, sums, sums_stride);
+    dot_products<P, T, R, false>(x, x_stride * sizeof(*x), {rows, 0}, {}, count, depth, sums,
+                                 sums_stride);
   }
   if constexpr (R > 1) {
-    multiply_few<T, R / 2>(x, x_stride, x_rows, rows, count, depth, sums, sums_stride);
+    multiply_few<P, T, R / 2>(x, x_stride, x_rows, rows, count, depth, sums, sums_stride);
   }
 }
 
@@ -73,13 +81,46 @@ void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const flo
         const auto rows = rows_of<T>(w, segment, panels, count);
         const float* of_segment = x + segment.begin * x_stride;
         const int64_t columns = count * PANEL_ROWS;
-        const auto product = few ? multiply_few<T> : multiply_many<T>;
+        const auto product = few ? multiply_few<Floats, T> : multiply_many<T>;
         product(of_segment, x_stride, segment.end - segment.begin, rows.get(), columns, w.depth,
                 sums, columns);
       });
 }
 
 }  // namespace
+
+#if defined(__AVX512BF16__)
+
+bool multiply_plain_pairs(const QuantizedMatmul& call, const Finisher& finish) {
+  const QuantizedWeight& w = call.weight;
+  if (!has_few_rows(call) || call.x_dtype != DType::bf16 || w.format != Format::plain_bf16 ||
+      w.depth % Pairs::WIDTH != 0) {
+    return false;
+  }
+  const auto* x = static_cast<const BFloat16*>(call.x);
+  for (int64_t m = 0; m < call.rows; ++m) {
+    LargestBfloat16 largest;
+    for (int64_t k = 0; k < w.depth; k += Pairs::WIDTH) {
+      largest.add(load_row(x + m * call.x_stride + k, Pairs::WIDTH));
+    }
+    if (!fits_bfloat16(largest.get())) return false;
+  }
+  for_panels(call, finish, panels_in(call, TASK_BYTES),
+             [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
+               const auto rows = rows_of<BFloat16>(w, segment, panels, count);
+               const int64_t columns = count * PANEL_ROWS;
+               multiply_few<BFloat16Pairs, BFloat16>(x + segment.begin * call.x_stride, call.x_stride,
+                                                     segment.end - segment.begin, rows.get(), columns,
+                                                     w.depth, sums, columns);
+             });
+  return true;
+}
+
+#else
+
+bool multiply_plain_pairs(const QuantizedMatmul&, const Finisher&) { return false; }
+
+#endif
 
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                     int64_t x_stride) {

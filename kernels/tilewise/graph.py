@@ -16,7 +16,8 @@ that the function has made and let go of share memory, as they do outside of a r
 
 What is not a C++ kernel of ours cannot be recorded, and must not be forgotten either: every
 operator that PyTorch runs meanwhile is looked at, and one that computes anything ends the capture.
-The one exception is `x[numbers]`, which a kernel of ours computes then.
+Exceptions are `x[numbers]`, an embedding and a linear layer of up to four rows: these a kernel of
+ours computes then, as exactly, though not with the same last bits.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from typing import Any, TypeVar
 import torch
 
 from tilewise import native
+from tilewise.dispatch import requests
 from tilewise.library import CONTRACTS, Recorder
 
 T = TypeVar("T")
 
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HARMLESS = frozenset({"detach", "full"})
 """Of these "full" also fills: with a number, which a replay finds there as it was."""
 
@@ -121,8 +124,12 @@ class _Watch(Recorder):
         is_kernel = func.namespace.startswith("tilewise_")
         if is_kernel or func._opname in _HARMLESS or _is_view(func):
             return func(*args, **kwargs)
-        if func is torch.ops.aten.index.Tensor and _takes_rows(*args):
-            return self._ops.take_rows(args[0], *args[1])
+        substitute = None if kwargs else _SUBSTITUTES.get(func)
+        # Not where someone has asked for PyTorch's kernels.
+        if substitute is not None and not requests():
+            result = substitute(self._ops, *args)
+            if result is not None:
+                return result
         raise CaptureError(f"{func} is computed by PyTorch, and only C++ kernels can be recorded")
 
 
@@ -135,10 +142,27 @@ def _is_view(func: Any) -> bool:
     )
 
 
-def _takes_rows(x: torch.Tensor, indices: list[torch.Tensor | None]) -> bool:
-    """Whether `x[indices]` is rows of x by number, such as our kernel takes."""
-    numbers = indices[0] if len(indices) == 1 else None
-    return (
+# --- what PyTorch computes in a model otherwise ours, by our kernels; None where they cannot ------
+
+
+def _index(
+    ops: native.Operators, x: torch.Tensor, indices: list[torch.Tensor | None]
+) -> torch.Tensor | None:
+    """`x[numbers]`."""
+    return _rows(ops, x, indices[0]) if len(indices) == 1 else None
+
+
+def _embedding(
+    ops: native.Operators, weight: torch.Tensor, numbers: torch.Tensor, padding_idx: int = -1
+) -> torch.Tensor | None:
+    """Rows of a table."""
+    return _rows(ops, weight, numbers)
+
+
+def _rows(
+    ops: native.Operators, x: torch.Tensor, numbers: torch.Tensor | None
+) -> torch.Tensor | None:
+    is_plain = (
         numbers is not None
         and numbers.dtype == torch.int64
         and numbers.dim() == 1
@@ -149,3 +173,39 @@ def _takes_rows(x: torch.Tensor, indices: list[torch.Tensor | None]) -> bool:
         and len(x) > 0
         and x[0].is_contiguous()
     )
+    return ops.take_rows(x, numbers) if is_plain else None
+
+
+_MOST_ROWS = 4
+"""Of x: with more of them PyTorch's product is the faster one."""
+
+
+def _linear(
+    ops: native.Operators, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """A linear layer of a few rows."""
+    is_plain = (
+        x.dim() == 2
+        and len(x) <= _MOST_ROWS
+        and x.dtype in _FLOATS
+        and all(t.is_cpu and t.dtype == x.dtype for t in (x, weight, bias) if t is not None)
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+        and weight.numel() > 0
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+    )
+    if not is_plain:
+        return None
+    out = ops.recorded_empty_like(x.new_empty(len(x), len(weight)))
+    ops.linear(x, weight, bias, out)
+    return out
+
+
+_SUBSTITUTES: dict[Any, Callable[..., torch.Tensor | None]] = {
+    torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten.embedding.default: _embedding,
+    torch.ops.aten.linear.default: _linear,
+    # What PyTorch makes of a linear layer, for which it turns the weight.
+    torch.ops.aten.mm.default: lambda ops, x, turned: _linear(ops, x, turned.mT),
+    torch.ops.aten.addmm.default: lambda ops, bias, x, turned: _linear(ops, x, turned.mT, bias),
+}

@@ -73,5 +73,5 @@ def product(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T of float32 matrices, the same bits on any number of threads."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    native.cpu_ops().linear(x.contiguous(), weight.contiguous(), out)
+    native.cpu_ops().linear(x.contiguous(), weight.contiguous(), None, out)
     return out
