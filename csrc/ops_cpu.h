@@ -4,12 +4,12 @@
 // PyTorch. The operators write to tensors that Python has allocated, and are registered under the
 // instruction set's name, so that several libraries can be loaded side by side.
 //
-// Those of recordings allocate, too, and so do the operators plain_*, which are the exception: Python gives them a call's arguments before it has looked
+// The operators plain_* are an exception: Python gives them a call's arguments before it has looked
 // at them. They make calls without anything special about them, results allocated and all, and
 // return nothing for any other, which then goes the ordinary way, past the checks that can say what
 // is wrong with it. They must refuse whatever a check refuses. They are registered for the dispatch
 // key Python as well: the one dispatch mode under which they are called is that of a recording, which
-// need not be shown what writes itself down.
+// need not be shown what writes itself down. Operators of recordings (ops_cpu_graph.cpp) allocate, too.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
