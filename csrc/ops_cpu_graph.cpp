@@ -298,9 +298,10 @@ Tensor recorded_empty_like(Tensor like) {
   return recording->memory->empty(size_of(like), stride, dtype_code(like));
 }
 
-// --- rows by number: the one thing that PyTorch computes in a model that is ours otherwise ---------
+// --- rows by number, which PyTorch computes outside of recordings ---------------------------------
 
 struct TakenRows {
+  bool wraps;  // numbers below 0 count from the end
   const char* x;
   int64_t x_rows, x_stride, row_bytes;
   const int64_t* numbers;
@@ -310,7 +311,8 @@ struct TakenRows {
 
 void take_rows(const TakenRows& taken) {
   for (int64_t i = 0; i < taken.count; ++i) {
-    const int64_t number = taken.numbers[i], row = number < 0 ? number + taken.x_rows : number;
+    const int64_t number = taken.numbers[i];
+    const int64_t row = taken.wraps && number < 0 ? number + taken.x_rows : number;
     STD_TORCH_CHECK(0 <= row && row < taken.x_rows, "index: out of range");
     std::memcpy(taken.out + i * taken.row_bytes, taken.x + row * taken.x_stride, taken.row_bytes);
   }
@@ -318,12 +320,13 @@ void take_rows(const TakenRows& taken) {
 
 // x[numbers]: x is (rows, ...), contiguous but for a stride between its rows; numbers (count,) is
 // contiguous.
-Tensor take_rows_op(Tensor x, Tensor numbers) {
+Tensor take_rows_op(Tensor x, Tensor numbers, bool wraps) {
   std::vector<int64_t> size = size_of(x);
   const int64_t rows = size[0], elements = rows ? x.numel() / rows : 0;
   size[0] = numbers.size(0);
   const Tensor out = empty(size, dtype_code(x));
   TakenRows taken{};
+  taken.wraps = wraps;
   taken.x = static_cast<const char*>(x.data_ptr());
   taken.x_rows = rows;
   taken.x_stride = x.stride(0) * x.element_size();
@@ -345,7 +348,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def("forget_recording(int number) -> ()");
   m.def("replay(int number, int times, int rows) -> ()");
   m.def("recorded_empty_like(Tensor like) -> Tensor");
-  m.def("take_rows(Tensor x, Tensor numbers) -> Tensor");
+  m.def("take_rows(Tensor x, Tensor numbers, bool wraps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(TILEWISE_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -69,6 +69,8 @@ Upcoming reads_of(const Tensor& weight) {
 
 // out = x weight^T + bias
 void linear_op(Tensor x, Tensor weight, OptionalTensor bias, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+                  "x and weight must be (rows, depth)");
   QuantizedMatmul call = plain_product(x, weight, out);
   call.bias = pointer(bias);
   run_kernel<&quantized_matmul, &QuantizedMatmul::rows>(call, reads_of(weight), x, weight, bias, out);

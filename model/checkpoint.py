@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tilewise import huge_pages
 from tilewise.model.config import GPTConfig, ModelError
 from tilewise.model.gpt import GPT
 from tilewise.model.layers import Weight, put
@@ -153,13 +152,13 @@ def _join(blocks: list[Stored], shape: tuple[int, ...], where: str) -> list[Stor
 
 def _weight(block: Stored, dtype: torch.dtype, device: torch.device | str, where: str) -> Weight:
     if block.ggml_type is None:
-        return huge_pages.in_huge_pages(block.data.to(device))
+        return block.data.to(device)
     try:
         weight = from_gguf(block.data.numpy(), block.ggml_type, block.shape)
     except ValueError as error:
         raise ModelError(f"{where}: {error}") from error
     if isinstance(weight, torch.Tensor):  # of a type that has no kernels
-        return huge_pages.in_huge_pages(weight.to(device, dtype))
+        return weight.to(device, dtype)
     weight = weight.to(device)
     # The first call would do it, but then with all rows in memory, which would stay in pieces.
     return laid_out_for(torch.empty(1, block.columns, dtype=dtype, device=device), weight)

@@ -122,12 +122,20 @@ class RecordedModel:
         if self._attempts < _MOST_ATTEMPTS:
             self._attempts += 1
             try:
-                self._graph, self._result = CpuGraph.capture(self._run_recorded, self._rows)
+                graph, result = CpuGraph.capture(self._run_recorded, self._rows)
             except CaptureError as error:
                 self.why_not_recorded = str(error)
-            else:
-                self.why_not_recorded = None
-                self._recorded_in = self._circumstances()
+                return
+            known = {
+                x.data_ptr() for held, name in self._weights if (x := held.get(name)) is not None
+            }
+            if not known.issuperset(weight.data_ptr() for weight in graph.weights):
+                # It may be another one the next time, and nobody would notice.
+                self.why_not_recorded = "a linear layer's weight is no parameter of the model"
+                return
+            self.why_not_recorded = None
+            self._graph, self._result = graph, result
+            self._recorded_in = self._circumstances()
 
     def _recorded(self) -> CpuGraph | None:
         """The recording, if there can be one and the model would do the same now."""
@@ -149,6 +157,7 @@ class RecordedModel:
         is_cast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if is_cast else None
         places = [
-            0 if (x := held.get(name)) is None else x.data_ptr() for held, name in self._weights
+            None if (x := held.get(name)) is None else (x.data_ptr(), x.shape, x.stride())
+            for held, name in self._weights
         ]
         return requests(), dtype, native.loaded_cpu_ops(), places

@@ -284,26 +284,53 @@ def test_an_embedding_is_recorded():
     graph, out = CpuGraph.capture(lambda: F.embedding(ids, table))
     graph.replay()
     assert torch.equal(out, table[ids])
-    ids[1] = 20
-    with pytest.raises(RuntimeError, match="index: out of range"):
-        graph.replay()
+    for bad in (20, -1):
+        ids[1] = bad
+        with pytest.raises(RuntimeError, match="index: out of range"):
+            graph.replay()
+    with pytest.raises(CaptureError, match=r"aten\.embedding"):
+        CpuGraph.capture(lambda: torch.ops.aten.embedding(table[0], ids))
+    CpuGraph.capture(lambda: torch.ops.aten.embedding(table, ids, -1, True, True))
+
+
+W, B = torch.ones(4, 8), torch.ones(4)
 
 
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda x: F.linear(x.expand(5, 8), torch.ones(4, 8)),
-        lambda x: x @ torch.ones(8, 4),
-        lambda x: F.linear(x.double(), torch.ones(4, 8).double()),
-        lambda x: torch.addmm(torch.ones(1, 4), x, torch.ones(4, 8).mT),
-        lambda x: torch.addmm(torch.ones(4), x, torch.ones(4, 8).mT, beta=2),
-        lambda x: F.linear(x, torch.ones(4, 8), torch.ones(4, dtype=torch.float64)),
+        lambda x: F.linear(x.expand(5, 8), W),
+        lambda x: x @ W.view(8, 4),
+        lambda x: F.linear(x, W[:, :7]),
+        lambda x: torch.mm(x, W.view(2, 16).mT),
+        lambda x: torch.mm(x[:, :7], W.mT),
+        lambda x: F.linear(x, W[0]),
+        lambda x: torch.addmm(B[None], x, W.mT),
+        lambda x: torch.addmm(B[:1], x, W.mT),
+        lambda x: torch.addmm(B, x, W.mT, beta=2),
+        lambda x: F.linear(x, W, B.view(torch.int32)),
+        lambda x: F.linear(x.view(torch.float64), W.view(torch.float64)),
     ],
-    ids=["many rows", "not turned", "float64", "bias of rows", "beta", "mixed"],
+    ids=[
+        *("rows", "not turned", "strides", "depth", "depth of x", "vector"),
+        *("bias of rows", "one bias", "beta", "integers", "float64"),
+    ],
 )
-def test_other_products_are_refused(layer):
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode])
+def test_other_products_are_refused(layer, grad_mode):
     x = Inputs().randn(1, 8)
-    with pytest.raises((CaptureError, RuntimeError), match=r"only C\+\+ kernels|dtype"):
+    wanted = r"aten\.(linear|mm|addmm|mv|matmul|_unsafe_view|mul|sum|dot|reshape|clone)"
+    with grad_mode(), pytest.raises(CaptureError, match=wanted):
+        CpuGraph.capture(lambda: layer(x))
+
+
+@pytest.mark.parametrize("layer", [lambda x: F.linear(x, W), lambda x: torch.mm(x, W.mT)])
+def test_who_asks_for_another_backend_gets_no_other_product(layer):
+    x = Inputs().randn(1, 8)
+    for backend in ("cpu", "auto"):
+        with tw.use_backend(backend):
+            CpuGraph.capture(lambda: layer(x))
+    with tw.use_backend(moe="torch"), pytest.raises(CaptureError, match=r"aten\.(linear|mm)"):
         CpuGraph.capture(lambda: layer(x))
 
 

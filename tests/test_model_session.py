@@ -197,6 +197,53 @@ def test_a_hook_on_all_modules_is_called(lm, register):
     assert generated(lm) == expected
 
 
+@pytest.fixture
+def plain(tmp_path) -> LanguageModel:
+    """One that is not quantized, and has left a recording of decoding."""
+    model = load(write_llama_gguf(tmp_path / "plain.gguf", quantized=False))
+    generated(model)
+    generated(model)
+    return model
+
+
+class Hidden(torch.nn.Module):
+    """A linear layer whose weight is no parameter."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.held = [weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.held[0])
+
+
+def turned_in_place(gpt) -> None:
+    weight = gpt.blocks[0].attention.out.weight
+    weight.data = weight.data.t()
+
+
+def hidden(gpt) -> None:
+    gpt.blocks[0].ffn.down = Hidden(gpt.blocks[0].ffn.down.weight.detach())
+
+
+@pytest.mark.parametrize("change", [turned_in_place, hidden, new_weights])
+def test_a_plain_model_that_was_changed_is_computed_anew(plain, change):
+    before = generated(plain)
+    change(plain.gpt)
+    assert generated(plain) == fresh(plain)
+    if change is hidden:
+        assert generated(plain) == before
+        plain.gpt.blocks[0].ffn.down.held[0] = -plain.gpt.blocks[0].ffn.down.held[0]
+        assert generated(plain) == fresh(plain)
+    assert generated(plain) != before
+
+
+def test_a_layer_of_another_depth_is_refused(plain):
+    plain.gpt.blocks[0].ffn.down = torch.nn.Linear(90, 64, bias=False)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        generated(plain, chunk_size=4)
+
+
 def logits(gpt, prompt) -> torch.Tensor:
     with torch.no_grad():
         return gpt(torch.tensor([prompt]))[:, -1]

@@ -12,7 +12,7 @@ enum class Arithmetic { floats, pairs, integers };
 
 // The loops for one type of cache; [r - 1] is for r query rows.
 struct RowLoops {
-  decltype(&dot_rows<float, 1, true>) dot[ROWS];
+  decltype(&dot_products<Floats, float, 1>) dot[ROWS];
   decltype(&accumulate_products<Floats, float, 1>) accumulate[ROWS];
   decltype(&expand_row<float>) expand;  // to what `expanded_loops` take
   decltype(&collect_rows) collect;  // the sums of `accumulate`, in the order of the elements

@@ -331,14 +331,6 @@ void accumulate_products(const void* weights, int64_t weight_bytes, CacheRows va
   });
 }
 
-// Without a cache around them, as the quantized products use them.
-template <class KV, int R, bool FETCHES>
-inline void dot_rows(const void* queries, int64_t query_bytes, CacheRows keys, Ahead ahead,
-                     int64_t count, int64_t dim, float* scores, int64_t score_stride) {
-  dot_products<Floats, KV, R, FETCHES>(queries, query_bytes, keys, ahead, count, dim, scores,
-                                       score_stride);
-}
-
 inline void collect_rows(const float* sums, int64_t dim, float* out) {
   std::memcpy(out, sums, dim * 4);
 }

@@ -24,8 +24,8 @@ bool multiply_pairs(const QuantizedMatmul& call, const Finisher& finish);
 // others, or if x does not fit.
 bool multiply_fp8_pairs(const QuantizedMatmul& call, const Finisher& finish);
 
-// With a weight of plain bfloat16 and a few rows of it. False, with nothing written, without AVX-512 or if
-// x does not fit.
+// With a weight of plain bfloat16, of which subnormal numbers count as zero, and a few rows of it. False,
+// with nothing written, without AVX-512 or if x does not fit.
 bool multiply_plain_pairs(const QuantizedMatmul& call, const Finisher& finish);
 
 // With a weight of plain numbers; x is (rows, depth), filled up to whole strips with zeros.

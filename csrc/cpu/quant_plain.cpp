@@ -1,5 +1,5 @@
-// Products with weights of plain numbers, row by row as PyTorch has them: what a mixture of experts
-// needs where its weights are not quantized.
+// Products with weights of plain numbers, row by row as PyTorch has them: of experts, routers and linear
+// layers that are not quantized.
 //
 // Rows of the weight are packed for gemm.h, 256 deep, and all rows of x of the segment run over them;
 // a few rows of x are multiplied with the weight's rows as they lie, bfloat16 in pairs.

@@ -45,10 +45,18 @@ class CaptureError(RuntimeError):
 
 
 class CpuGraph:
-    """The C++ kernel calls of a function; see `capture`."""
+    """The C++ kernel calls of a function; see `capture`.
 
-    def __init__(self, ops: native.Operators, number: int, rows: int) -> None:
+    Args:
+        rows: as `capture` was told.
+        weights: what linear layers and embeddings read that are PyTorch's otherwise.
+    """
+
+    def __init__(
+        self, ops: native.Operators, number: int, rows: int, weights: list[torch.Tensor]
+    ) -> None:
         self._ops, self._number, self.rows = ops, number, rows
+        self.weights = weights
 
     @classmethod
     def capture(cls, function: Callable[[], T], rows: int = 0) -> tuple[CpuGraph, T]:
@@ -74,12 +82,12 @@ class CpuGraph:
         ops.begin_recording(rows)
         is_complete = False
         try:
-            with torch.no_grad(), _Watch(ops):
+            with torch.no_grad(), _Watch(ops) as watch:
                 result = function()
             is_complete = True
         finally:
             number = ops.end_recording(is_complete)
-        return cls(ops, number, rows), result
+        return cls(ops, number, rows, watch.weights), result
 
     def replay(self, times: int = 1, rows: int | None = None) -> None:
         """Make the recorded calls, on the values that their tensors hold now.
@@ -100,7 +108,8 @@ class _Watch(Recorder):
 
     def __init__(self, ops: native.Operators) -> None:
         super().__init__()
-        self._ops = ops
+        self.ops = ops
+        self.weights: list[torch.Tensor] = []  # of layers that are PyTorch's otherwise
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -120,16 +129,14 @@ class _Watch(Recorder):
                 return CONTRACTS[func._opname]._run(*args)
         if func._opname in _EMPTY:
             made = func(*args, **kwargs)
-            return self._ops.recorded_empty_like(made) if made.is_cpu else made
+            return self.ops.recorded_empty_like(made) if made.is_cpu else made
         is_kernel = func.namespace.startswith("tilewise_")
         if is_kernel or func._opname in _HARMLESS or _is_view(func):
             return func(*args, **kwargs)
         substitute = None if kwargs else _SUBSTITUTES.get(func)
-        # Not where someone has asked for PyTorch's kernels.
-        if substitute is not None and not requests():
-            result = substitute(self._ops, *args)
-            if result is not None:
-                return result
+        result = None if substitute is None else substitute(self, *args)
+        if result is not None:
+            return result
         raise CaptureError(f"{func} is computed by PyTorch, and only C++ kernels can be recorded")
 
 
@@ -145,67 +152,83 @@ def _is_view(func: Any) -> bool:
 # --- what PyTorch computes in a model otherwise ours, by our kernels; None where they cannot ------
 
 
-def _index(
-    ops: native.Operators, x: torch.Tensor, indices: list[torch.Tensor | None]
+def _take(
+    watch: _Watch, x: torch.Tensor, indices: list[torch.Tensor | None]
 ) -> torch.Tensor | None:
     """`x[numbers]`."""
-    return _rows(ops, x, indices[0]) if len(indices) == 1 else None
+    numbers = indices[0] if len(indices) == 1 else None
+    return None if numbers is None else _rows(watch, x, numbers, wraps=True)
 
 
-def _embedding(
-    ops: native.Operators, weight: torch.Tensor, numbers: torch.Tensor, padding_idx: int = -1
+def _embed(
+    watch: _Watch, weight: torch.Tensor, numbers: torch.Tensor, *_: Any
 ) -> torch.Tensor | None:
-    """Rows of a table."""
-    return _rows(ops, weight, numbers)
+    """Rows of an embedding table; the other arguments are for its gradient."""
+    if weight.dim() != 2:
+        return None
+    watch.weights.append(weight)
+    return _rows(watch, weight, numbers, wraps=False)
 
 
 def _rows(
-    ops: native.Operators, x: torch.Tensor, numbers: torch.Tensor | None
+    watch: _Watch, x: torch.Tensor, numbers: torch.Tensor, *, wraps: bool
 ) -> torch.Tensor | None:
     is_plain = (
-        numbers is not None
+        _is_strided(x, numbers)
         and numbers.dtype == torch.int64
         and numbers.dim() == 1
         and numbers.is_contiguous()
-        and numbers.is_cpu
-        and x.is_cpu
         and x.dim() >= 1
         and len(x) > 0
         and x[0].is_contiguous()
     )
-    return ops.take_rows(x, numbers) if is_plain else None
+    return watch.ops.take_rows(x, numbers, wraps) if is_plain else None
 
 
 _MOST_ROWS = 4
 """Of x: with more of them PyTorch's product is the faster one."""
 
 
-def _linear(
-    ops: native.Operators, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+def _multiply(
+    watch: _Watch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     """A linear layer of a few rows."""
+    tensors = [t for t in (x, weight, bias) if t is not None]
     is_plain = (
-        x.dim() == 2
+        _is_strided(*tensors)
+        and x.dim() == weight.dim() == 2
+        and x.shape[1] == weight.shape[1]
         and len(x) <= _MOST_ROWS
         and x.dtype in _FLOATS
-        and all(t.is_cpu and t.dtype == x.dtype for t in (x, weight, bias) if t is not None)
+        and all(t.dtype == x.dtype for t in tensors)
         and x.stride(1) == 1
         and weight.is_contiguous()
         and weight.numel() > 0
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
     )
-    if not is_plain:
+    if not is_plain or not _OURS.issuperset(requests().values()):
         return None
-    out = ops.recorded_empty_like(x.new_empty(len(x), len(weight)))
-    ops.linear(x, weight, bias, out)
+    watch.weights.extend(tensors[1:])
+    out = watch.ops.recorded_empty_like(x.new_empty(len(x), len(weight)))
+    watch.ops.linear(x, weight, bias, out)
     return out
 
 
+_OURS = frozenset({"cpu", "auto"})
+"""Who asks for other backends does not get our kernels for PyTorch's."""
+
+
+def _is_strided(*tensors: torch.Tensor) -> bool:
+    return all(t.layout == torch.strided and t.is_cpu for t in tensors)
+
+
 _SUBSTITUTES: dict[Any, Callable[..., torch.Tensor | None]] = {
-    torch.ops.aten.index.Tensor: _index,
-    torch.ops.aten.embedding.default: _embedding,
-    torch.ops.aten.linear.default: _linear,
+    torch.ops.aten.index.Tensor: _take,
+    torch.ops.aten.embedding.default: _embed,
+    torch.ops.aten.linear.default: _multiply,
     # What PyTorch makes of a linear layer, for which it turns the weight.
-    torch.ops.aten.mm.default: lambda ops, x, turned: _linear(ops, x, turned.mT),
-    torch.ops.aten.addmm.default: lambda ops, bias, x, turned: _linear(ops, x, turned.mT, bias),
+    torch.ops.aten.mm.default: lambda watch, x, turned: _multiply(watch, x, turned.mT),
+    torch.ops.aten.addmm.default: lambda watch, bias, x, turned: _multiply(
+        watch, x, turned.mT, bias
+    ),
 }
