@@ -158,8 +158,10 @@ class Decoder(RecordedModel):
         self._positions.host -= 1
         self._token_ids.host[:] = token_ids
         self._taken.host[:] = 0
-        for row, sequence in enumerate(sequences):
-            self._write_pages(row, allocator.pages(sequence))
+        for row, sequence in zip(self._block_table.host, sequences, strict=True):
+            pages = allocator.pages(sequence)
+            row[: len(pages)] = pages
+            row[len(pages) :] = -1  # as `PagedKVCache.block_table` fills it up
         for inputs in (
             self._token_ids,
             self._positions,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from tilewise.model.gpt import GPT, PagedBatch
@@ -32,7 +31,6 @@ class Prefill(RecordedModel):
 
     def __init__(self, gpt: GPT, cache: PagedKVCache, size: int, tokens: int) -> None:
         super().__init__(gpt, cache, size, tokens, has_prompts=True)
-        self._tokens = tokens
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[int], parts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -49,29 +47,22 @@ class Prefill(RecordedModel):
             OutOfPages: if the cache is full.
         """
         token_ids = [token for part in parts for token in part]
-        counts = [len(part) for part in parts]
-        graph = self._recorded() if len(token_ids) <= self._tokens else None
+        graph = self._recorded() if len(token_ids) <= self._rows else None
+        batch = PagedBatch.append(self._cache, sequences, [len(part) for part in parts])
         if graph is None:
-            batch = PagedBatch.append(self._cache, sequences, counts)
             return self._gpt(torch.tensor(token_ids, device=self._cache.device), batch)
-        self._write(sequences, token_ids, counts)
+        self._write(token_ids, batch)
         graph.replay(rows=len(token_ids))
         return self._result
 
-    def _write(
-        self, sequences: Sequence[int], token_ids: Sequence[int], counts: Sequence[int]
-    ) -> None:
+    def _write(self, token_ids: Sequence[int], batch: PagedBatch) -> None:
         # To what is recorded, which is on the CPU, where `host` is the tensor's own memory.
-        allocator, tokens = self._cache.allocator, len(token_ids)
-        slots = self._cache.append(sequences, counts)
+        tokens, pages = len(token_ids), batch.block_table.shape[1]
         self._token_ids.host[:tokens] = token_ids
-        self._slot_mapping.host[:tokens] = slots
-        end = 0
-        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-            length = allocator.length(sequence)
-            self._positions.host[end : end + count] = np.arange(length - count, length)
-            end += count
-            self._cu_seqlens_q.host[row + 1] = end
-            self._last.host[row] = end - 1
-            self._cache_seqlens.host[row] = length
-            self._write_pages(row, allocator.pages(sequence))
+        self._positions.host[:tokens] = batch.positions
+        self._slot_mapping.host[:tokens] = batch.slot_mapping
+        self._cache_seqlens.host[:] = batch.cache_seqlens
+        self._last.host[:] = batch.last
+        self._cu_seqlens_q.host[1:] = self._last.host + 1
+        self._block_table.host[:, :pages] = batch.block_table
+        self._block_table.host[:, pages:] = -1

@@ -111,12 +111,6 @@ class RecordedModel:
         """What is recorded of it."""
         return self._run()
 
-    def _write_pages(self, row: int, pages: Any) -> None:
-        """Where a sequence's keys and values are."""
-        table = self._block_table.host[row]
-        table[: len(pages)] = pages
-        table[len(pages) :] = -1  # as `PagedKVCache.block_table` fills it up
-
     def _record(self) -> None:
         """Record a call, if it can be recorded."""
         if self._attempts < _MOST_ATTEMPTS:

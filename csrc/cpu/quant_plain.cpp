@@ -70,21 +70,31 @@ void multiply_many(const float* x, int64_t x_stride, int64_t x_rows, const void*
   }
 }
 
-template <class T>
-void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const float* x,
-                  int64_t x_stride) {
+// All products, a task's by `product`, which is a multiply_few or multiply_many.
+template <class T, class Element, class Product>
+void multiply_all(const QuantizedMatmul& call, const Finisher& finish, const Element* x,
+                  int64_t x_stride, int64_t panels_of_task, const Product& product) {
   const QuantizedWeight& w = call.weight;
-  const bool few = has_few_rows(call);
-  for_panels(
-      call, finish, few ? panels_in(call, TASK_BYTES) : SHARED_PANELS,
-      [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
-        const auto rows = rows_of<T>(w, segment, panels, count);
-        const float* of_segment = x + segment.begin * x_stride;
-        const int64_t columns = count * PANEL_ROWS;
-        const auto product = few ? multiply_few<Floats, T> : multiply_many<T>;
-        product(of_segment, x_stride, segment.end - segment.begin, rows.get(), columns, w.depth,
-                sums, columns);
-      });
+  for_panels(call, finish, panels_of_task,
+             [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
+               const auto rows = rows_of<T>(w, segment, panels, count);
+               const int64_t columns = count * PANEL_ROWS;
+               product(x + segment.begin * x_stride, x_stride, segment.end - segment.begin,
+                       rows.get(), columns, w.depth, sums, columns);
+             });
+}
+
+template <class P, class T>
+void multiply_all_few(const QuantizedMatmul& call, const Finisher& finish,
+                      const typename P::Element* x, int64_t x_stride) {
+  multiply_all<T>(call, finish, x, x_stride, panels_in(call, TASK_BYTES), multiply_few<P, T>);
+}
+
+template <class T>
+void multiply_widened(const QuantizedMatmul& call, const Finisher& finish, const float* x,
+                      int64_t x_stride) {
+  if (has_few_rows(call)) return multiply_all_few<Floats, T>(call, finish, x, x_stride);
+  multiply_all<T>(call, finish, x, x_stride, SHARED_PANELS, multiply_many<T>);
 }
 
 }  // namespace
@@ -105,14 +115,7 @@ bool multiply_plain_pairs(const QuantizedMatmul& call, const Finisher& finish) {
     }
     if (!fits_bfloat16(largest.get())) return false;
   }
-  for_panels(call, finish, panels_in(call, TASK_BYTES),
-             [&](const Segment& segment, const int64_t* panels, int count, float* sums) {
-               const auto rows = rows_of<BFloat16>(w, segment, panels, count);
-               const int64_t columns = count * PANEL_ROWS;
-               multiply_few<BFloat16Pairs, BFloat16>(x + segment.begin * call.x_stride, call.x_stride,
-                                                     segment.end - segment.begin, rows.get(), columns,
-                                                     w.depth, sums, columns);
-             });
+  multiply_all_few<BFloat16Pairs, BFloat16>(call, finish, x, call.x_stride);
   return true;
 }
 
@@ -125,9 +128,9 @@ bool multiply_plain_pairs(const QuantizedMatmul&, const Finisher&) { return fals
 void multiply_plain(const QuantizedMatmul& call, const Finisher& finish, const float* x,
                     int64_t x_stride) {
   switch (call.weight.format) {
-    case Format::plain_f32: return multiply_all<float>(call, finish, x, x_stride);
-    case Format::plain_f16: return multiply_all<Half>(call, finish, x, x_stride);
-    default: return multiply_all<BFloat16>(call, finish, x, x_stride);
+    case Format::plain_f32: return multiply_widened<float>(call, finish, x, x_stride);
+    case Format::plain_f16: return multiply_widened<Half>(call, finish, x, x_stride);
+    default: return multiply_widened<BFloat16>(call, finish, x, x_stride);
   }
 }
 

@@ -28,14 +28,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from tilewise import native
+from tilewise import cpu, native
 from tilewise.dispatch import requests
 from tilewise.library import CONTRACTS, Recorder
 
 T = TypeVar("T")
 
 _EMPTY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _HARMLESS = frozenset({"detach", "full"})
 """Of these "full" also fills: with a number, which a replay finds there as it was."""
 
@@ -199,7 +198,7 @@ def _multiply(
         and x.dim() == weight.dim() == 2
         and x.shape[1] == weight.shape[1]
         and len(x) <= _MOST_ROWS
-        and x.dtype in _FLOATS
+        and x.dtype in cpu.DTYPES
         and all(t.dtype == x.dtype for t in tensors)
         and x.stride(1) == 1
         and weight.is_contiguous()
