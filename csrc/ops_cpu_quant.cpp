@@ -41,7 +41,8 @@ QuantizedMatmul product_of(const Tensor& x, int64_t rows, int64_t x_stride,
                            int64_t finish, const OptionalTensor& residual, int64_t rounding,
                            int64_t activation_group, const Tensor& out) {
   QuantizedMatmul call{};
-  call.dtype = call.x_dtype = dtype_of(x);
+  call.dtype = dtype_of(out);
+  call.x_dtype = dtype_of(x);
   call.rows = rows;
   call.x = x.data_ptr();
   call.x_stride = x_stride;
@@ -87,12 +88,12 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
                                          int64_t group_size, Tensor data, OptionalTensor scales,
                                          OptionalTensor zeros, OptionalTensor bias, int64_t finish,
                                          OptionalTensor residual, int64_t rounding,
-                                         int64_t activation_group) {
+                                         int64_t activation_group, bool to_float32) {
   const int32_t dtype = dtype_code(x);
   std::vector<int64_t> size = size_of(x);
   const bool is_gated = finish == static_cast<int64_t>(Finish::swiglu);
   if (!is_float_of_kernels(dtype) || size.empty() || size.back() != depth || !x.is_contiguous() ||
-      depth < 1 || (is_gated && rows % 2)) {
+      depth < 1 || (is_gated && rows % 2) || (to_float32 && (bias || residual))) {
     return std::nullopt;
   }
   size.back() = is_gated ? rows / 2 : rows;
@@ -103,7 +104,7 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
                    !residual->is_contiguous())) {
     return std::nullopt;
   }
-  const Tensor out = empty(size, dtype);
+  const Tensor out = empty(size, to_float32 ? aoti_torch_dtype_float32() : dtype);
   const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
   const QuantizedMatmul call = product_of(x, x.numel() / depth, depth, weight, bias, finish,
                                           residual, rounding, activation_group, out);
@@ -164,7 +165,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(TILEWISE_NAMESPACE, m) {
   m.def(
       "plain_quantized_matmul(Tensor x, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor? bias, int finish, Tensor? residual, "
-      "int rounding, int activation_group) -> Tensor?");
+      "int rounding, int activation_group, bool to_float32) -> Tensor?");
   m.def(
       "quantized_matmul_backward(Tensor grad, int format, int rows, int depth, int group_size, "
       "Tensor data, Tensor? scales, Tensor? zeros, Tensor(a!) grad_x) -> ()");

@@ -265,7 +265,8 @@ class GPT(nn.Module):
 
         Returns:
             Logits (batch, seq, vocab_size); with `paged` (batch, vocab_size), after the last token
-            of each sequence.
+            of each sequence. They are float32 (float64 in such a model) where the output head is
+            quantized, otherwise in the model's dtype.
 
         Raises:
             ValueError: for a sequence longer than the model's `max_positions`.
@@ -296,6 +297,8 @@ class GPT(nn.Module):
             last = paged.last if has_prompts and block is self.blocks[-1] else None
             delta, stream = block(delta, stream, positions, rotary, paged, last)
         x, _ = self.norm(delta, stream)
+        if isinstance(self.head, QuantLinear):
+            return self.head.project(x, out_dtype=torch.float32)
         return self.head(x)
 
     def _rotary_tables(self, length: int, device: torch.device) -> RotaryTables:

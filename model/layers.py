@@ -86,8 +86,8 @@ class TiedHead(nn.Module):
         self._embedding = (embedding,)  # not a submodule: the table is counted and stored once
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., dim) -> logits (..., vocab_size)."""
-        return self._embedding[0].project(x)
+        """x (..., dim) -> logits (..., vocab_size), float32 at least."""
+        return self._embedding[0].project(x, out_dtype=torch.float32)
 
 
 class RowBlocks(nn.ModuleList):
@@ -220,17 +220,25 @@ def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
 
 
 def set_act(model: nn.Module, act: str | None) -> None:
-    """Have every quantized linear layer take its activations in this mode; experts have none.
+    """Have quantized linear layers take their activations in this mode.
+
+    Experts have none. The output head takes them as they are: nothing after it evens rounding out,
+    and the one row of a step takes it as long in either mode.
 
     Args:
-        model: holds the layers.
+        model: holds the layers; the head is called `head`, or is the embedding table.
         act: of `tilewise.quantized_matmul`: None, "int8" or "fp8".
 
     Raises:
         ValueError: for a mode that does not exist, or that a layer's format does not go with; no
             layer has been changed then.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        and not (path == "head" or isinstance(module, QuantEmbedding))
+    ]
     for format in sorted({layer.format for layer in layers}):
         check_act(act, format)
     for layer in layers:

@@ -37,9 +37,9 @@ def load(
         dtype: of the weights that are not quantized, and of the activations.
         device: where to put the weights.
         act: "int8" rounds what enters each quantized linear layer to int8, as
-            `tilewise.quantized_matmul` says: faster, and less exact. Mixtures of experts are left
-            as they are. "fp8" is for layers in that format, which no file has: see
-            `tilewise.model.layers.set_act`.
+            `tilewise.quantized_matmul` says: faster, and less exact. The output head and mixtures
+            of experts are left as they are. "fp8" is for layers in that format, which no file has:
+            see `tilewise.model.layers.set_act`.
 
     Returns:
         The model with its tokenizer and chat template.

@@ -369,3 +369,15 @@ def test_quantized_weights_stay_quantized_and_move_together(tiny):
     table = doubled.embedding.weight.dequantize(torch.float64)
     assert_agrees(doubled.head(x), x @ table.T, x @ table.T)
     assert doubled(torch.tensor([[1, 2]])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_logits_of_a_quantized_head_are_not_rounded(tiny, is_tied):
+    gpt = copy.deepcopy(tiny.gpt).bfloat16()
+    if not is_tied:
+        gpt.head = tilewise.QuantLinear(gpt.embedding.weight)
+    logits = gpt(torch.tensor([[1, 2]]))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16())
+    with tilewise.use_backend("naive"):
+        assert gpt(torch.tensor([[1, 2]])).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -94,6 +95,16 @@ def test_rounded_activations_cost_something_and_not_much(gpt, act):
 
     _, found = measure_quality(exact, {act: in_mode}, windows(gpt.config.vocab_size, 32))
     assert 1e-8 < found[act].kl < 0.05
+
+
+def test_the_output_head_takes_activations_as_they_are(gpt):
+    tied, own = copy.deepcopy(gpt), requantized(dequantized(gpt), "int8")
+    assert isinstance(own.head, QuantLinear)
+    for model, head in ((tied, tied.embedding), (own, own.head)):
+        set_act(model, "int8")
+        layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
+        assert {layer.act for layer in layers if layer is not head} == {"int8"}
+        assert head.act is None
 
 
 def test_a_mode_that_a_layer_does_not_go_with_changes_none(gpt):

@@ -212,6 +212,11 @@ def test_an_unusual_argument_makes_no_difference(call: str) -> None:
         for weight in (None, arguments["x"], quantize(torch.randn(9, 64)).to_panels()):
             _assert_no_difference(op, arguments | {"weight": weight, "activation": "swiglu"})
         assert _is_plain(op, arguments | {"act": "int8"})
+        alone = {"x": arguments["x"].bfloat16(), "weight": arguments["weight"]}
+        assert _is_plain(op, alone | {"out_dtype": torch.float32})
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float64, "x", 1, [], True):
+            _assert_no_difference(op, alone | {"out_dtype": out_dtype})
+            _assert_no_difference(op, arguments | {"out_dtype": out_dtype})
         for act in ("int8", "fp8", "x", 1, [], True):
             _assert_no_difference(op, arguments | {"act": act})
         fp8 = quantize(torch.randn(10, 64), "fp8").to_panels()

@@ -375,6 +375,11 @@ ONE = torch.ones(2, 64)
             ValueError,
             "residual: shape must be (2, 8) (the output's shape), got (2, 16)",
         ),
+        (
+            {"out_dtype": torch.float16},
+            ValueError,
+            "out_dtype: must be None, torch.float32 or x's dtype, torch.float32, got torch.float16",
+        ),
         ({"act": "int4"}, ValueError, "act: must be None, 'int8' or 'fp8', got 'int4'"),
         (
             {"act": "fp8"},
@@ -422,3 +427,6 @@ def test_the_cost_counts_the_stored_bytes():
     assert cost.flops == 2 * 3 * 16 * 64
     assert cost.bytes == weight.nbytes + 2 * (3 * 64 + 3 * 16)
     assert cost.dtype == torch.float16
+    x = torch.ones(3, 64).half()
+    widened = tilewise.explain("quantized_matmul", x, weight, out_dtype=torch.float32).cost
+    assert widened.bytes == cost.bytes + 2 * 3 * 16

@@ -8,7 +8,7 @@ import torch
 from tilewise import native, quantized_matmul
 from tilewise.quant import FORMATS, QuantizedTensor, quantize
 from tilewise.quant.cases import gguf_weight
-from tilewise.testing import HALF_AND_SINGLE, Inputs, assert_agrees
+from tilewise.testing import HALF_AND_SINGLE, Inputs, assert_agrees, root_mean_square
 
 pytestmark = pytest.mark.skipif(
     native.why_not_cpu() is not None, reason=native.why_not_cpu() or "the C++ kernels are there"
@@ -35,6 +35,19 @@ def test_every_format_with_few_and_many_rows(name, dtype, act):
     weight = weight_of(name, 50, 608)
     for rows in (3, 7, 11, 17, 53):
         check(Inputs(dtype).randn(rows, weight.shape[1]), weight, act)
+
+
+@pytest.mark.parametrize("act", [None, "int8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_of_few_rows_a_float32_result_is_closer_than_rounding_would_leave_it(name, dtype, act):
+    weight = weight_of(name, 50, 608)
+    for rows in (1, 4):
+        x = Inputs(dtype).randn(rows, weight.shape[1])
+        actual = quantized_matmul(x, weight, act=act, out_dtype=torch.float32, backend="cpu")
+        truth = quantized_matmul(x.double(), weight, act=act, backend="naive")
+        rounding = root_mean_square(truth - truth.to(dtype))
+        assert (root_mean_square(actual - truth) < rounding / 4).all()
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])

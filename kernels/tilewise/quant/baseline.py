@@ -36,6 +36,7 @@ def why_not(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> str | None:
     """Why PyTorch's kernels cannot take the call."""
     n, k = weight.shape
@@ -56,6 +57,8 @@ def why_not(
         )
     if act is not None:
         return f"PyTorch's kernels take no activations in {act}"
+    if out_dtype not in (None, x.dtype):
+        return f"PyTorch's kernels round their sums to {x.dtype}"
     if weight.format == "int8":
         if weight.zeros is not None or weight.group_size != PER_CHANNEL:
             return "PyTorch's int8 kernel takes symmetric per-channel weights only"
@@ -93,10 +96,12 @@ def quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """PyTorch's product, then the rest as in the definition."""
     y = _Product.apply(x, weight, act)
-    return naive.finish(y.float(), x, bias, activation, residual, adapter).to(x.dtype)
+    y = naive.finish(y.float(), x, bias, activation, residual, adapter)
+    return y.to(naive.result_dtype(x, out_dtype))
 
 
 class _Product(torch.autograd.Function):

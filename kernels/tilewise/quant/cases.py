@@ -65,6 +65,7 @@ def _product(
     residual: bool = False,
     rank: int = 0,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Make:
     rows = (m,) if isinstance(m, int) else m
 
@@ -81,6 +82,8 @@ def _product(
             arguments["adapter"] = (inputs.randn(k, rank, scale=0.1), inputs.randn(rank, n))
         if act:
             arguments["act"] = act
+        if out_dtype:
+            arguments["out_dtype"] = out_dtype
         return arguments
 
     return make
@@ -122,7 +125,12 @@ _BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
 def _case(
     id: str, make: Make, *grad: str, dtypes: tuple[torch.dtype, ...] = HALF_AND_SINGLE
 ) -> Case:
-    return Case("quantized_matmul", id, make, grad=("x", *grad), dtypes=dtypes)
+    return Case("quantized_matmul", id, make, grad=("x", *grad), dtypes=dtypes, results=_rounded)
+
+
+def _rounded(arguments: dict[str, Any], out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The result in x's dtype: with another `out_dtype` it need not be any more exact."""
+    return {"output": out.to(arguments["x"].dtype)}
 
 
 # MKL gives some numbers of rows (6, for one) other bits on other numbers of threads, when it cuts
@@ -193,6 +201,28 @@ CASES = [
     ),
     _case("act-fp8-rows", _product(_FP8["g32"], (2, 7), 50, 333, act="fp8")),
     _case("act-fp8-one", _product(_FP8["row"], 1, 1, 1, act="fp8")),
+    _case("float32-result", _product(_INT4, 1, 50, 96, out_dtype=torch.float32)),
+    _case(
+        "float32-result-everything",
+        _product(
+            _gguf("Q4_1"),
+            (2, 2),
+            64,
+            96,
+            bias=True,
+            activation="swiglu",
+            residual=True,
+            rank=3,
+            out_dtype=torch.float32,
+        ),
+        "bias",
+        "residual",
+    ),
+    _case(
+        "float32-result-rows",
+        _product(_gguf("Q8_0"), 77, 50, 96, act="int8", out_dtype=torch.float32),
+        dtypes=_BFLOAT16_FIRST,
+    ),
     _case("act-fp8-empty", _product(_FP8["row"], 0, 16, 64, act="fp8")),
     _case(
         "act-fp8-everything",
@@ -260,6 +290,15 @@ COMPILED = [
     *(
         Case(
             "quantized_matmul",
+            f"float32 result, {tokens}",
+            _product(_gguf("Q8_0"), tokens, 512, 4096, out_dtype=torch.float32),
+            dtypes=(torch.bfloat16,),
+        )
+        for tokens in (1, 64)
+    ),
+    *(
+        Case(
+            "quantized_matmul",
             f"fp8 activations, {name}, {tokens}",
             _product(_FP8[name], tokens, 512, 4096, act="fp8"),
             dtypes=(torch.bfloat16,),
@@ -291,7 +330,7 @@ def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
         adapter = a.get("adapter", (None, None))
         parts = (w.format, list(w.shape), w.group_size, w.data, w.scales, w.zeros)
         options = (a.get("bias"), a.get("activation"), a.get("residual"), *adapter, a.get("act"))
-        return (a["x"], *parts, *options)
+        return (a["x"], *parts, *options, a.get("out_dtype"))
 
     return call
 
@@ -329,6 +368,7 @@ OPERATOR_CALLS = [
             _product(_INT8, 3, 16, 32, activation="swiglu", residual=True, rank=2, act="int8")
         ),
     ),
+    ("quantized_matmul", _operator_call(_product(_INT8, 3, 16, 32, out_dtype=torch.float32))),
     ("quantized_embedding", _embedding_call),
     ("quantized_product", _product_call(_INT4, None)),
     ("quantized_product", _product_call(_gguf("Q4_K"), "int8")),

@@ -92,6 +92,7 @@ class QuantLinear(nn.Module):
         *,
         activation: str | None = None,
         residual: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """`quantized_matmul` with what can be fused to it."""
         bias, added = self.bias, None
@@ -102,7 +103,13 @@ class QuantLinear(nn.Module):
             residual, added = None, residual  # may be in another dtype, and keeps it
         weight = self.weight_for(x)
         y = quantized_matmul(
-            x, weight, bias, activation=activation, residual=residual, act=self.act
+            x,
+            weight,
+            bias,
+            activation=activation,
+            residual=residual,
+            act=self.act,
+            out_dtype=out_dtype,
         )
         return y if added is None else y + added
 

@@ -41,6 +41,7 @@ def _check_quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
     validate: bool = False,
 ) -> None:
     checks.has_dtype("x", x, checks.FLOATS)
@@ -58,6 +59,9 @@ def _check_quantized_matmul(
     if activation == "swiglu" and n % 2:
         raise ValueError(f"weight: swiglu needs an even number of rows, got {n}")
     check_act(act, weight.format)
+    if out_dtype not in (None, x.dtype, torch.float32):
+        wanted = f"None, torch.float32 or x's dtype, {x.dtype}"
+        raise ValueError(f"out_dtype: must be {wanted}, got {out_dtype!r}")
     if bias is not None:
         checks.like("bias", bias, "x", x)
         checks.has_shape("bias", bias, (n,), "weight's N")
@@ -91,6 +95,7 @@ def _cost_quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Cost:
     n, k = weight.shape
     rows = x.numel() // k if k else 0
@@ -99,8 +104,9 @@ def _cost_quantized_matmul(
     flops = 2 * rows * n * k
     if adapter is not None:
         flops += 2 * rows * adapter[0].shape[1] * (n + k)
-    moved = x.numel() + out + sum(t.numel() for t in extra)
-    return Cost(flops, weight.nbytes + moved * x.itemsize, x.dtype)
+    moved = (x.numel() + sum(t.numel() for t in extra)) * x.itemsize
+    moved += out * naive.result_dtype(x, out_dtype).itemsize
+    return Cost(flops, weight.nbytes + moved, x.dtype)
 
 
 _QUANTIZED_MATMUL = Op(
@@ -141,6 +147,7 @@ def quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
     validate: bool = False,
 ) -> torch.Tensor:
@@ -148,7 +155,7 @@ def quantized_matmul(
 
     Everything is computed in float32 (float64 for float64 inputs) in this order: the product with
     the dequantized weight, the adapter, the bias, the activation, the residual; the result is
-    rounded once, to x's dtype. The gradient flows to x, bias, residual and the adapter.
+    rounded once, to `out_dtype`. The gradient flows to x, bias, residual and the adapter.
 
     Args:
         x: (..., K), floating point.
@@ -162,11 +169,14 @@ def quantized_matmul(
             float8 E4M3 with one absmax scale per row and group: the weight's group size, the
             whole row for a per-channel weight, 32 for GGUF formats. `naive.quantize_groups` says
             exactly how. "fp8" is for weights in format "fp8" alone.
+        out_dtype: None for x's dtype; float32 leaves the sums of 16-bit x as they are, as output
+            heads want it. They are no more exact than those that would be rounded: a kernel may
+            multiply weights rounded to x's dtype. For float64 x the result is in float64.
         backend: see `tilewise.use_backend`.
         validate: also refuse a weight that holds a NaN or an infinity.
 
     Returns:
-        (..., N), or (..., N / 2) after "swiglu", x's dtype.
+        (..., N), or (..., N / 2) after "swiglu".
 
     Raises:
         ValueError, TypeError: for an argument that does not fit; it is named.
@@ -176,7 +186,9 @@ def quantized_matmul(
         Transformer, 2020 (arXiv:2002.05202) for swiglu.
     """
     if adapter is None and not validate:
-        out = native.quantized_matmul_plainly(backend, x, weight, bias, activation, residual, act)
+        out = native.quantized_matmul_plainly(
+            backend, x, weight, bias, activation, residual, act, out_dtype
+        )
         if out is not None:
             return out
     _check_quantized_matmul(
@@ -187,6 +199,7 @@ def quantized_matmul(
         residual=residual,
         adapter=adapter,
         act=act,
+        out_dtype=out_dtype,
         validate=validate,
     )
     return _QUANTIZED_MATMUL(
@@ -197,5 +210,6 @@ def quantized_matmul(
         residual=residual,
         adapter=adapter,
         act=act,
+        out_dtype=out_dtype,
         backend=backend,
     )

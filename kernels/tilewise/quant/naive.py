@@ -19,12 +19,18 @@ def quantized_matmul(
     residual: torch.Tensor | None = None,  # the output's shape
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,  # (K, r) and (r, N)
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """activation(x W^T + x A B + bias) + residual, rounded once."""
     dtype = compute_dtype(x)
     h = x if act is None else fake_quantize(x, activation_group(weight), act)
     y = F.linear(h.to(dtype), weight.dequantize(dtype))
-    return finish(y, x, bias, activation, residual, adapter).to(x.dtype)
+    return finish(y, x, bias, activation, residual, adapter).to(result_dtype(x, out_dtype))
+
+
+def result_dtype(x: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
+    """What a product of x is rounded to."""
+    return x.dtype if out_dtype is None else torch.promote_types(x.dtype, out_dtype)
 
 
 def quantized_embedding(

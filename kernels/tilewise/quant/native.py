@@ -51,14 +51,16 @@ def quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The naive function of this name, by the C++ kernels."""
     a, b = adapter or (None, None)
     if needs_grad(x, bias, residual, a, b):
         # What follows the product is a small part of the work, and PyTorch differentiates it.
         y = _Product.apply(x, weight, act)
-        return naive.finish(y, x, bias, activation, residual, adapter).to(x.dtype)
-    options = (bias, activation, residual, a, b, act, "cpu")
+        y = naive.finish(y, x, bias, activation, residual, adapter)
+        return y.to(naive.result_dtype(x, out_dtype))
+    options = (bias, activation, residual, a, b, act, out_dtype, "cpu")
     out: torch.Tensor = QUANTIZED_MATMUL(x, *fields(weight), *options)
     return out
 
@@ -71,6 +73,7 @@ def quantized_matmul_plainly(
     activation: str | None,
     residual: torch.Tensor | None,
     act: str | None,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor | None:
     """What `quantized_matmul` returns for a plain call; None for any other.
 
@@ -86,8 +89,10 @@ def quantized_matmul_plainly(
     finish, rounding = _ACTIVATION_CODES.get(activation), _ACT_CODES.get(act)
     if finish is None or rounding is None or (act == "fp8" and weight.format != "fp8"):
         return None
+    if out_dtype not in (None, torch.float32):
+        return None
     group = naive.activation_group(weight)
-    options = (bias, finish, residual, rounding, group)
+    options = (bias, finish, residual, rounding, group, out_dtype is not None)
     multiply = operators.plain_quantized_matmul
     out: torch.Tensor | None = cpu.plainly(multiply, x, *describe(weight), *options)
     return out
@@ -101,7 +106,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: QuantizedTensor, act: str | None
     ) -> torch.Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        options = (None, None, None, None, None, act, "cpu")
+        options = (None, None, None, None, None, act, None, "cpu")
         y: torch.Tensor = QUANTIZED_MATMUL(x.float(), *fields(weight), *options)
         return y
 
@@ -127,19 +132,27 @@ def _quantized_matmul(
     adapter_a: torch.Tensor | None,
     adapter_b: torch.Tensor | None,
     act: str | None,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     n, k = shape
     weight = QuantizedTensor(format, (n, k), group_size, data, scales, zeros)
-    out = x.new_empty((*x.shape[:-1], n // 2 if activation == "swiglu" else n))
+    dtype = naive.result_dtype(x, out_dtype)
+    out = x.new_empty((*x.shape[:-1], n // 2 if activation == "swiglu" else n), dtype=dtype)
+    # The kernels take what is added to the sums in the dtype that these are rounded to.
+    added = (
+        None if part is None else part.to(dtype).contiguous()
+        for part in (bias, residual, adapter_a, adapter_b)
+    )
+    bias, residual, adapter_a, adapter_b = added
     rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     native.cpu_ops().quantized_matmul(
         cpu.unit_stride(rows),
         *describe(as_panels(weight)),
-        None if bias is None else bias.contiguous(),
+        bias,
         _ACTIVATION_CODES[activation],
-        None if residual is None else residual.contiguous(),
-        None if adapter_a is None else adapter_a.contiguous(),
-        None if adapter_b is None else adapter_b.contiguous(),
+        residual,
+        adapter_a,
+        adapter_b,
         _ACT_CODES[act],
         naive.activation_group(weight),
         out,

@@ -32,16 +32,17 @@ def _fake(
     adapter_a: torch.Tensor | None,
     adapter_b: torch.Tensor | None,
     act: str | None,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     n = shape[0] // 2 if activation == "swiglu" else shape[0]
-    return x.new_empty((*x.shape[:-1], n))
+    return x.new_empty((*x.shape[:-1], n), dtype=naive.result_dtype(x, out_dtype))
 
 
 QUANTIZED_MATMUL = Contract(
     "quantized_matmul",
     "(Tensor x, str format, int[] shape, int group_size, Tensor data, Tensor? scales, "
     "Tensor? zeros, Tensor? bias, str? activation, Tensor? residual, Tensor? adapter_a, "
-    "Tensor? adapter_b, str? act) -> Tensor",
+    "Tensor? adapter_b, str? act, ScalarType? out_dtype) -> Tensor",
     _fake,
 )
 """A weight is its parts, in the order of `QuantizedTensor`'s fields."""
@@ -62,13 +63,21 @@ def _quantized_matmul_kernel(
     adapter_a: torch.Tensor | None,
     adapter_b: torch.Tensor | None,
     act: str | None,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
     adapter = None
     if adapter_a is not None and adapter_b is not None:
         adapter = (adapter_a, adapter_b)
     return naive.quantized_matmul(
-        x, weight, bias, activation=activation, residual=residual, adapter=adapter, act=act
+        x,
+        weight,
+        bias,
+        activation=activation,
+        residual=residual,
+        adapter=adapter,
+        act=act,
+        out_dtype=out_dtype,
     ).contiguous()
 
 

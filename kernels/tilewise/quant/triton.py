@@ -55,14 +55,16 @@ def quantized_matmul(
     residual: torch.Tensor | None = None,
     adapter: tuple[torch.Tensor, torch.Tensor] | None = None,
     act: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The naive function of this name, by the Triton kernels."""
     a, b = adapter or (None, None)
     if needs_grad(x, bias, residual, a, b):
         # What follows the product is a small part of the work, and PyTorch differentiates it.
         y = _Product.apply(x, weight, act)
-        return naive.finish(y, x, bias, activation, residual, adapter).to(x.dtype)
-    options = (bias, activation, residual, a, b, act, "triton")
+        y = naive.finish(y, x, bias, activation, residual, adapter)
+        return y.to(naive.result_dtype(x, out_dtype))
+    options = (bias, activation, residual, a, b, act, out_dtype, "triton")
     out: torch.Tensor = QUANTIZED_MATMUL(x, *fields(weight), *options)
     return out
 
@@ -101,10 +103,11 @@ def _quantized_matmul(
     adapter_a: torch.Tensor | None,
     adapter_b: torch.Tensor | None,
     act: str | None,
+    out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     weight = QuantizedTensor(format, tuple(shape), group_size, data, scales, zeros)
     n = shape[0] // 2 if activation == "swiglu" else shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
+    out = x.new_empty((*x.shape[:-1], n), dtype=naive.result_dtype(x, out_dtype))
     rows = _rows(x)
     projected = None
     if adapter_a is not None and adapter_b is not None:
