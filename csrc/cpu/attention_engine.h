@@ -95,8 +95,11 @@ class FloatEngine {
 
   void scores(const float* queries, int64_t count, const float* keys, int64_t begin, int64_t end,
               float* s) const {
-    multiply(queries, query_stride(dim_), keys + begin * dim_, dim_ * PANEL, count, end - begin,
-             dim_, s + begin, SCORE_STRIDE, false);
+    const int64_t length = chain_length(dim_);
+    for (int64_t k = 0; k < dim_; k += length) {
+      multiply(queries + k, query_stride(dim_), keys + begin * dim_ + k * PANEL, dim_ * PANEL, count,
+               end - begin, std::min(length, dim_ - k), s + begin, SCORE_STRIDE, k > 0);
+    }
   }
 
   void accumulate(const float* weights, int64_t count, const float* values, int64_t begin,

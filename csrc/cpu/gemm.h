@@ -29,6 +29,14 @@ constexpr int PANEL = 2 * F32::WIDTH;                          // columns of a p
 constexpr int TILE_ROWS = F32::WIDTH == 16 ? 12 : 6;           // rows of C in registers
 constexpr int64_t PANEL_DEPTH = 256;                           // of B in the first-level cache
 
+// How long the chains of a score are: an exponential function makes an error relative of what is an
+// absolute one in its argument, so past 192 dimensions they are shorter, and alike.
+constexpr int64_t chain_length(int64_t depth) {
+  if (depth <= 192) return std::max<int64_t>(depth, 1);
+  const int64_t chains = (depth + 127) / 128;
+  return (depth + chains - 1) / chains;
+}
+
 // How many elements `columns` columns take once packed.
 constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return depth * round_up(columns, PANEL);

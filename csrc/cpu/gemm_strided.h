@@ -98,15 +98,16 @@ inline void multiply_strided(MatrixOf<T> a, MatrixOf<T> b, int64_t m, int64_t n,
 template <class T>
 inline void multiply_strided_columns(MatrixOf<T> a, MatrixOf<T> b, int64_t m, int64_t n, int64_t depth,
                                      const Range* columns, Matrix c) {
+  const int64_t length = chain_length(depth);
   for (int64_t column = 0; column < n; column += PANEL) {
     const Range* wanted = columns;
     for (int64_t i = 0; i < m; i += TILE_ROWS, ++wanted) {
       if (wanted->end <= column || wanted->begin >= column + PANEL) continue;
-      for (int64_t k = 0; k < depth; k += PANEL_DEPTH) {
+      for (int64_t k = 0; k < depth; k += length) {
         multiply_strided_tile<Stored::rows>(std::min<int64_t>(m - i, TILE_ROWS), a.row(i) + k,
                                             a.stride, b.row(k) + column, b.stride,
-                                            std::min(depth - k, PANEL_DEPTH), c.row(i) + column,
-                                            c.stride, k > 0);
+                                            std::min(depth - k, length), c.row(i) + column, c.stride,
+                                            k > 0);
       }
     }
   }

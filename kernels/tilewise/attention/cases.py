@@ -82,6 +82,7 @@ _DENSE = [
     _case("dim 64", dense(63, dim=64, causal=True)),
     _case("dim 127", dense(9, dim=127)),
     _case("dim 128", dense(127, batch=1, dim=128, causal=True), cancelled=6.0),
+    _case("dim 256", dense(100, 31, batch=1, heads=8, kv_heads=2, dim=256)),
     _case("dim 576/512", dense(3, 5, batch=1, kv_heads=1, dim=576, v_dim=512)),
     _case("v_dim 16 of 24", dense(6, 10, dim=24, v_dim=16, causal=True)),
     _case("v_dim 32 of 48", dense(6, 10, dim=48, v_dim=32)),
