@@ -75,6 +75,14 @@ bool prefers_floats(const QuantizedMatmul& call) {
   return group == 1 || call.rows > 16 * call.segment_count;
 }
 
+bool multiply_digits(const QuantizedMatmul& call, const Finisher& finish) {
+  switch (digits_of(call)) {
+    case 1: return multiply_bytes<1>(call, finish);
+    case 2: return multiply_bytes<2>(call, finish);
+    default: return multiply_bytes<3>(call, finish);
+  }
+}
+
 }  // namespace
 
 void quantized_matmul(const QuantizedMatmul& call) {
@@ -96,7 +104,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   }
   const bool few = has_few_rows(call);
   const bool is_bytes = is_integer(call.weight.format);
-  if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_bytes(call, finish)) return;
+  if (is_bytes && has_few_rows(call, STREAMED_ROWS) && multiply_digits(call, finish)) return;
   const bool is_int8 = call.rounding == Rounding::int8;
   if (!few && is_int8 && prefers_floats(call) && multiply_float_tiles(call, finish)) return;
   if (!few && is_int8 && multiply_byte_tiles(call, finish)) return;
@@ -106,7 +114,7 @@ void quantized_matmul(const QuantizedMatmul& call) {
   if (wants_pairs(call) && multiply_pairs(call, finish)) return;
   if (is_bytes && multiply_byte_blocks(call, finish)) return;
   // Without vpdpbusd, byte products of several digits are slower than float32 ones.
-  if (is_bytes && is_int8 && multiply_bytes(call, finish)) return;
+  if (is_bytes && is_int8 && multiply_digits(call, finish)) return;
   multiply_wide(call, finish, few);
 }
 

@@ -237,12 +237,12 @@ bool keeps_zero(const QuantizedMatmul& call) {
 
 template <class F, class K>
 bool multiply_digits(const QuantizedMatmul& call, const Finisher& finish) {
-  if (call.rounding == Rounding::int8) return multiply<F, K, 1>(call, finish);
-  if (call.x_dtype == DType::f32) {
+  switch (digits_of(call)) {
+    case 1: return multiply<F, K, 1>(call, finish);
+    case 2: return multiply<F, K, 2>(call, finish);
     // Weights far from zero make sums that cancel, and show what digits leave of an element.
-    return !K::KEEPS_ZERO && multiply<F, K, 3>(call, finish);
+    default: return !K::KEEPS_ZERO && multiply<F, K, 3>(call, finish);
   }
-  return multiply<F, K, 2>(call, finish);
 }
 
 }  // namespace

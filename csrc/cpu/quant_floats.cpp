@@ -3,7 +3,7 @@
 //
 // Widening costs about two instructions a weight, a product with a row of x a quarter or an eighth
 // (one multiply-add of 4 or 8 weights each): it is lost in the noise from a hundred rows on, and below
-// a handful the dot products of bytes are faster (quant_bytes.cpp).
+// a handful the dot products of bytes are faster (quant_bytes.h).
 #include "cpu/gemm.h"
 #include "cpu/quant_activations.h"
 #include "cpu/quant_kernels.h"

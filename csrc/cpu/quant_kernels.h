@@ -10,7 +10,8 @@
 namespace tilewise {
 
 // By dot products of bytes: few rows, and int8 activations where nothing faster is. False if the
-// activations cannot be split into bytes; nothing has been written then.
+// activations cannot be split into as many digits; nothing has been written then.
+template <int DIGITS>
 bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish);
 
 // The same with many rows, on AVX-512; false elsewhere, too.
@@ -50,6 +51,12 @@ constexpr bool HAS_TILES = false;
 inline bool is_plain(Format format) { return format >= Format::plain_f32; }
 inline bool is_integer(Format format) {
   return format != Format::nf4 && format != Format::fp8 && !is_plain(format);
+}
+
+// How many bytes hold an element of x, see quant_activations.h.
+inline int digits_of(const QuantizedMatmul& call) {
+  if (call.rounding == Rounding::int8) return 1;
+  return call.x_dtype == DType::f32 ? 3 : 2;
 }
 
 inline int64_t panels_of(int64_t rows) { return (rows + PANEL_ROWS - 1) / PANEL_ROWS; }

@@ -32,6 +32,7 @@ struct Traits {
   static constexpr int BITS = BITS_, GROUPS = GROUPS_;
   static constexpr bool HAS_ZERO = HAS_ZERO_, HAS_SHIFT = HAS_SHIFT_;
   static constexpr bool IS_INTEGER = true;
+  using Kind = Traits;  // of formats that are multiplied alike
 };
 
 namespace strips {

@@ -57,7 +57,7 @@ ISA_FLAGS = {
 
 _OPTIMIZE = ("-O3",)
 _SANITIZE = (
-    "-O1", "-g", "-fno-omit-frame-pointer", "-Werror",
+    "-O1", "-g1", "-fno-omit-frame-pointer", "-Werror",
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 )  # fmt: skip
 _EMULATE = ("-O1", "-Icsrc/emulated", *_AVX2)

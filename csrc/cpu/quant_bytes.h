@@ -7,6 +7,11 @@
 //
 // With one row this is bound by memory: on AVX2 a strip of 4-bit codes (256 bytes) costs about 60
 // instructions with one digit and 140 with three.
+//
+// Formats, digits and rows make hundreds of kernels, which take long to compile: quant_bytes_*.cpp have
+// those of a number of digits each, and formats that are multiplied alike share what does not decode.
+#pragma once
+
 #include <atomic>
 #include <cstring>
 
@@ -131,15 +136,15 @@ class SplitRows {
   Workspace<Chunk> data_;
 };
 
-template <class F, int DIGITS, int ROWS>
+template <class Kind, int DIGITS, int ROWS>
 void multiply_strips(const Strip* w, int strips, const SplitStrip<DIGITS> (*x)[CHUNK], int64_t rows,
                      SumsInMemory sums) {
   for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums.data += ROWS * sums.stride) {
     for (int s = 0; s < strips; ++s) {
-      multiply_strip<F, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
+      multiply_strip<Kind, DIGITS, ROWS, SumsInMemory>(w[s], x[0] + s, sums);
     }
   }
-  if constexpr (ROWS > 1) multiply_strips<F, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
+  if constexpr (ROWS > 1) multiply_strips<Kind, DIGITS, ROWS / 2>(w, strips, x, rows, sums);
 }
 
 // Rows of x at a time, as many as leave the sums in registers.
@@ -159,9 +164,8 @@ void multiply_panels(const QuantizedWeight& w, const int64_t* panels, int count,
     for (int i = 0; i < count; ++i) {
       prefetch<1>(w.data + panels[i] * w.panel_bytes + first * strip_bytes, deep * strip_bytes, AHEAD);
       for (int s = 0; s < deep; ++s) decode_strip<F>(w, panels[i], first + s, decoded[s]);
-      multiply_strips<F, DIGITS, ROWS_AT_ONCE<DIGITS>>(decoded, deep, x.chunk(first) + begin,
-                                                       end - begin,
-                                                       {sums + i * PANEL_ROWS, sums_stride});
+      multiply_strips<typename F::Kind, DIGITS, ROWS_AT_ONCE<DIGITS>>(
+          decoded, deep, x.chunk(first) + begin, end - begin, {sums + i * PANEL_ROWS, sums_stride});
     }
   }
 }
@@ -173,15 +177,10 @@ constexpr int PASSES = W == 16 ? 2 : 1;
 
 // One panel with as many rows as leave everything in registers: no strip is written to memory, if
 // all that it is made of is inlined.
-template <class F, int DIGITS, int ROWS = STREAMED<DIGITS>>
-__attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t panel,
-                                           const SplitRows<DIGITS>& x, int64_t begin, int64_t rows,
-                                           float* sums, int64_t sums_stride) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) {
-      return stream_panel<F, DIGITS, ROWS - 1>(w, panel, x, begin, rows, sums, sums_stride);
-    }
-  }
+template <class F, int DIGITS, int ROWS>
+__attribute__((flatten)) inline void stream_panel(const QuantizedWeight& w, int64_t panel,
+                                                  const SplitRows<DIGITS>& x, int64_t begin,
+                                                  float* sums, int64_t sums_stride) {
   const int64_t strips = strips_of(w.depth);
   const int64_t strip_bytes = strips ? w.panel_bytes / strips : 0;
   const uint8_t* data = w.data + panel * w.panel_bytes;
@@ -198,6 +197,28 @@ __attribute__((flatten)) void stream_panel(const QuantizedWeight& w, int64_t pan
   }
   for (int r = 0; r < ROWS; ++r) {
     for (int v = 0; v < VECTORS; ++v) store(sums + r * sums_stride + v * W, kept.data[r][v]);
+  }
+}
+
+// A function of its own has the registers for itself.
+template <class F, int DIGITS, int ROWS>
+__attribute__((flatten, noinline)) void stream_panel_apart(const QuantizedWeight& w, int64_t panel,
+                                                           const SplitRows<DIGITS>& x, int64_t begin,
+                                                           float* sums, int64_t sums_stride) {
+  stream_panel<F, DIGITS, ROWS>(w, panel, x, begin, sums, sums_stride);
+}
+
+// The same for a number of rows that is only known at run time, at most ROWS.
+template <class F, int DIGITS, int ROWS = STREAMED<DIGITS>>
+void stream_panel(const QuantizedWeight& w, int64_t panel, const SplitRows<DIGITS>& x, int64_t begin,
+                  int64_t rows, float* sums, int64_t sums_stride) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      return stream_panel<F, DIGITS, ROWS - 1>(w, panel, x, begin, rows, sums, sums_stride);
+    }
+    stream_panel_apart<F, DIGITS, ROWS>(w, panel, x, begin, sums, sums_stride);
+  } else {
+    stream_panel<F, DIGITS, 1>(w, panel, x, begin, sums, sums_stride);
   }
 }
 
@@ -236,19 +257,12 @@ bool multiply(const QuantizedMatmul& call, const Finisher& finish) {
 
 }  // namespace
 
+template <int DIGITS>
 bool multiply_bytes(const QuantizedMatmul& call, const Finisher& finish) {
   bool done = false;
   with_format(call.weight.format, [&](auto format) {
     using F = decltype(format);
-    if constexpr (F::IS_INTEGER) {
-      if (call.rounding == Rounding::int8) {
-        done = multiply<F, 1>(call, finish);
-      } else if (call.x_dtype == DType::f32) {
-        done = multiply<F, 3>(call, finish);
-      } else {
-        done = multiply<F, 2>(call, finish);
-      }
-    }
+    if constexpr (F::IS_INTEGER) done = multiply<F, DIGITS>(call, finish);
   });
   return done;
 }
