@@ -90,10 +90,11 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
                                          OptionalTensor residual, int64_t rounding,
                                          int64_t activation_group, bool to_float32) {
   const int32_t dtype = dtype_code(x);
+  const int32_t out_dtype = to_float32 ? aoti_torch_dtype_float32() : dtype;
   std::vector<int64_t> size = size_of(x);
   const bool is_gated = finish == static_cast<int64_t>(Finish::swiglu);
   if (!is_float_of_kernels(dtype) || size.empty() || size.back() != depth || !x.is_contiguous() ||
-      depth < 1 || (is_gated && rows % 2) || (to_float32 && (bias || residual))) {
+      depth < 1 || (is_gated && rows % 2) || (out_dtype != dtype && (bias || residual))) {
     return std::nullopt;
   }
   size.back() = is_gated ? rows / 2 : rows;
@@ -104,7 +105,7 @@ OptionalTensor plain_quantized_matmul_op(Tensor x, int64_t format, int64_t rows,
                    !residual->is_contiguous())) {
     return std::nullopt;
   }
-  const Tensor out = empty(size, to_float32 ? aoti_torch_dtype_float32() : dtype);
+  const Tensor out = empty(size, out_dtype);
   const QuantizedWeight weight = describe(format, rows, depth, group_size, data, scales, zeros);
   const QuantizedMatmul call = product_of(x, x.numel() / depth, depth, weight, bias, finish,
                                           residual, rounding, activation_group, out);

@@ -75,9 +75,9 @@ def greedy_tokens_agree(
 
     context = torch.tensor([[*prompt, *ours[:common]]], device=gpt.device)
     with torch.no_grad(), use_backend("naive"):
-        naive = gpt(context)[0, -1].double()
+        naive = gpt(context)[0, -1]
         truth = copy.deepcopy(gpt).double()(context)[0, -1]
-    step = torch.finfo(gpt.dtype).eps * truth.abs().max()
+    step = torch.finfo(naive.dtype).eps * truth.abs().max()
     error = 2 * (naive - truth).abs().max() + step
     gap = float(truth.max() - torch.minimum(truth[ours[common]], truth[theirs[common]]))
     allowed = 2 * float(error)  # one logit too high by that much, the other too low

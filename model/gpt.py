@@ -297,8 +297,8 @@ class GPT(nn.Module):
             last = paged.last if has_prompts and block is self.blocks[-1] else None
             delta, stream = block(delta, stream, positions, rotary, paged, last)
         x, _ = self.norm(delta, stream)
-        if isinstance(self.head, QuantLinear):
-            return self.head.project(x, out_dtype=torch.float32)
+        if type(self.head) is QuantLinear:  # a subclass may have a `forward` of its own
+            return self.head(x, out_dtype=torch.float32)
         return self.head(x)
 
     def _rotary_tables(self, length: int, device: torch.device) -> RotaryTables:

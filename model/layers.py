@@ -222,11 +222,12 @@ def put(model: nn.Module, path: str, weights: dict[str, list[Weight]]) -> None:
 def set_act(model: nn.Module, act: str | None) -> None:
     """Have quantized linear layers take their activations in this mode.
 
-    Experts have none. The output head takes them as they are: nothing after it evens rounding out,
-    and the one row of a step takes it as long in either mode.
+    Experts have none. The output head is left alone, and takes them as they are unless its own
+    `act` was assigned: nothing after it evens rounding out, and it takes a single row as long in
+    either mode.
 
     Args:
-        model: holds the layers; the head is called `head`, or is the embedding table.
+        model: holds the layers; its head is `head`, or the embedding table.
         act: of `tilewise.quantized_matmul`: None, "int8" or "fp8".
 
     Raises:
@@ -239,7 +240,7 @@ def set_act(model: nn.Module, act: str | None) -> None:
         if isinstance(module, QuantLinear)
         and not (path == "head" or isinstance(module, QuantEmbedding))
     ]
-    for format in sorted({layer.format for layer in layers}):
+    for format in sorted({"fp8", *(layer.format for layer in layers)}):  # fp8 goes with any mode
         check_act(act, format)
     for layer in layers:
         layer.act = act

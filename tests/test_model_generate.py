@@ -381,3 +381,7 @@ def test_logits_of_a_quantized_head_are_not_rounded(tiny, is_tied):
     assert not torch.equal(logits, logits.bfloat16())
     with tilewise.use_backend("naive"):
         assert gpt(torch.tensor([[1, 2]])).dtype == torch.float32
+    seen = []
+    gpt.head.register_forward_hook(lambda module, args, result: seen.append(result))
+    gpt(torch.tensor([[1, 2]]))
+    assert [result.dtype for result in seen] == [torch.float32]

@@ -378,7 +378,7 @@ ONE = torch.ones(2, 64)
         (
             {"out_dtype": torch.float16},
             ValueError,
-            "out_dtype: must be None, torch.float32 or x's dtype, torch.float32, got torch.float16",
+            "out_dtype: must be None, torch.float32 or x's dtype (torch.float32), got torch.flo",
         ),
         ({"act": "int4"}, ValueError, "act: must be None, 'int8' or 'fp8', got 'int4'"),
         (

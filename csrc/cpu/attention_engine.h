@@ -95,7 +95,7 @@ class FloatEngine {
 
   void scores(const float* queries, int64_t count, const float* keys, int64_t begin, int64_t end,
               float* s) const {
-    const int64_t length = chain_length(dim_);
+    const int64_t length = chain_length<float>(dim_);
     for (int64_t k = 0; k < dim_; k += length) {
       multiply(queries + k, query_stride(dim_), keys + begin * dim_ + k * PANEL, dim_ * PANEL, count,
                end - begin, std::min(length, dim_ - k), s + begin, SCORE_STRIDE, k > 0);

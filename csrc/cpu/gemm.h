@@ -11,7 +11,7 @@
 // register file, and its 12 (or 24) independent chains hide the latency of a multiply-add.
 //
 // Every element of C is a chain of multiply-adds over k = 0, 1, 2, ... which begins with zero and is
-// added to C at its end, every PANEL_DEPTH: its bits depend on nothing but its own row of A and
+// added to C at its end, every PANEL_DEPTH at the latest: its bits depend on nothing but its own row of A and
 // column of B, wherever in a tile it falls. A chain that went on from call to call would round worse:
 // its error grows with its length, and thousands of keys are summed.
 //
@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/simd.h"
 
@@ -29,10 +30,13 @@ constexpr int PANEL = 2 * F32::WIDTH;                          // columns of a p
 constexpr int TILE_ROWS = F32::WIDTH == 16 ? 12 : 6;           // rows of C in registers
 constexpr int64_t PANEL_DEPTH = 256;                           // of B in the first-level cache
 
-// How long the chains of a score are: an exponential function makes an error relative of what is an
-// absolute one in its argument, so past 192 dimensions they are shorter, and alike.
+// How long the chains of scores are, and of their gradients. An exponential function turns what is an
+// absolute error in its argument into a relative one, so in float32 chains of more than 192 dimensions
+// are cut into equal ones of up to 128.
+template <class T>
 constexpr int64_t chain_length(int64_t depth) {
-  if (depth <= 192) return std::max<int64_t>(depth, 1);
+  if (!std::is_same<T, float>::value) return PANEL_DEPTH;
+  if (depth <= 192) return depth;
   const int64_t chains = (depth + 127) / 128;
   return (depth + chains - 1) / chains;
 }

@@ -98,7 +98,7 @@ inline void multiply_strided(MatrixOf<T> a, MatrixOf<T> b, int64_t m, int64_t n,
 template <class T>
 inline void multiply_strided_columns(MatrixOf<T> a, MatrixOf<T> b, int64_t m, int64_t n, int64_t depth,
                                      const Range* columns, Matrix c) {
-  const int64_t length = chain_length(depth);
+  const int64_t length = chain_length<T>(depth);
   for (int64_t column = 0; column < n; column += PANEL) {
     const Range* wanted = columns;
     for (int64_t i = 0; i < m; i += TILE_ROWS, ++wanted) {

@@ -200,7 +200,7 @@ __attribute__((flatten)) inline void stream_panel(const QuantizedWeight& w, int6
   }
 }
 
-// A function of its own has the registers for itself.
+// In a function of its own it has the registers for itself; one row, which needs few, is faster inlined.
 template <class F, int DIGITS, int ROWS>
 __attribute__((flatten, noinline)) void stream_panel_apart(const QuantizedWeight& w, int64_t panel,
                                                            const SplitRows<DIGITS>& x, int64_t begin,

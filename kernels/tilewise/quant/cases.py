@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,12 +126,22 @@ _BFLOAT16_FIRST = (torch.bfloat16, torch.float32, torch.float16)
 def _case(
     id: str, make: Make, *grad: str, dtypes: tuple[torch.dtype, ...] = HALF_AND_SINGLE
 ) -> Case:
-    return Case("quantized_matmul", id, make, grad=("x", *grad), dtypes=dtypes, results=_rounded)
+    return Case("quantized_matmul", id, make, grad=("x", *grad), dtypes=dtypes)
 
 
-def _rounded(arguments: dict[str, Any], out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The result in x's dtype: with another `out_dtype` it need not be any more exact."""
-    return {"output": out.to(arguments["x"].dtype)}
+def _float32_case(id: str, make: Make, *grad: str) -> Case:
+    """A case of 16-bit x whose result is in float32."""
+    case = _case(id, make, *grad, dtypes=(torch.bfloat16, torch.float16))
+    return replace(case, results=_rounded_from_float32)
+
+
+def _rounded_from_float32(arguments: dict[str, Any], out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The result in x's dtype, for it need not be any more exact."""
+    x = arguments["x"]
+    expected = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if out.dtype != expected:
+        raise AssertionError(f"output: expected {expected}, got {out.dtype}")
+    return {"output": out.to(x.dtype)}
 
 
 # MKL gives some numbers of rows (6, for one) other bits on other numbers of threads, when it cuts
@@ -201,8 +212,8 @@ CASES = [
     ),
     _case("act-fp8-rows", _product(_FP8["g32"], (2, 7), 50, 333, act="fp8")),
     _case("act-fp8-one", _product(_FP8["row"], 1, 1, 1, act="fp8")),
-    _case("float32-result", _product(_INT4, 1, 50, 96, out_dtype=torch.float32)),
-    _case(
+    _float32_case("float32-result", _product(_INT4, 1, 50, 96, out_dtype=torch.float32)),
+    _float32_case(
         "float32-result-everything",
         _product(
             _gguf("Q4_1"),
@@ -218,10 +229,9 @@ CASES = [
         "bias",
         "residual",
     ),
-    _case(
+    _float32_case(
         "float32-result-rows",
         _product(_gguf("Q8_0"), 77, 50, 96, act="int8", out_dtype=torch.float32),
-        dtypes=_BFLOAT16_FIRST,
     ),
     _case("act-fp8-empty", _product(_FP8["row"], 0, 16, 64, act="fp8")),
     _case(
@@ -335,6 +345,11 @@ def _operator_call(make: Make) -> Callable[[Inputs], tuple[Any, ...]]:
     return call
 
 
+def _float32_result_call(inputs: Inputs) -> tuple[Any, ...]:
+    x, *others = _operator_call(_product(_INT8, 3, 16, 32, out_dtype=torch.float32))(inputs)
+    return (x.to(torch.float16), *others)
+
+
 def _backward_call(weight: MakeWeight) -> Callable[[Inputs], tuple[Any, ...]]:
     def call(inputs: Inputs) -> tuple[Any, ...]:
         w = weight(inputs, 16, 256)
@@ -368,7 +383,7 @@ OPERATOR_CALLS = [
             _product(_INT8, 3, 16, 32, activation="swiglu", residual=True, rank=2, act="int8")
         ),
     ),
-    ("quantized_matmul", _operator_call(_product(_INT8, 3, 16, 32, out_dtype=torch.float32))),
+    ("quantized_matmul", _float32_result_call),
     ("quantized_embedding", _embedding_call),
     ("quantized_product", _product_call(_INT4, None)),
     ("quantized_product", _product_call(_gguf("Q4_K"), "int8")),

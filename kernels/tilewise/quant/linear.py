@@ -82,9 +82,9 @@ class QuantLinear(nn.Module):
             weight = self._weight = QuantizedTensor(self.format, shape, self.group_size, *parts)
         return weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`quantized_matmul` of x, (..., in_features)."""
-        return self.project(x)
+        return self.project(x, out_dtype=out_dtype)
 
     def project(
         self,

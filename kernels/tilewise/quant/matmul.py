@@ -60,8 +60,8 @@ def _check_quantized_matmul(
         raise ValueError(f"weight: swiglu needs an even number of rows, got {n}")
     check_act(act, weight.format)
     if out_dtype not in (None, x.dtype, torch.float32):
-        wanted = f"None, torch.float32 or x's dtype, {x.dtype}"
-        raise ValueError(f"out_dtype: must be {wanted}, got {out_dtype!r}")
+        wanted = "None, torch.float32 or x's dtype"
+        raise ValueError(f"out_dtype: must be {wanted} ({x.dtype}), got {out_dtype!r}")
     if bias is not None:
         checks.like("bias", bias, "x", x)
         checks.has_shape("bias", bias, (n,), "weight's N")

@@ -30,7 +30,7 @@ def quantized_matmul(
 
 def result_dtype(x: torch.Tensor, out_dtype: torch.dtype | None) -> torch.dtype:
     """What a product of x is rounded to."""
-    return x.dtype if out_dtype is None else torch.promote_types(x.dtype, out_dtype)
+    return x.dtype if out_dtype is None or x.dtype == torch.float64 else out_dtype
 
 
 def quantized_embedding(

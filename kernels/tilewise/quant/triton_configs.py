@@ -95,8 +95,8 @@ CONFIGS = {
         )
     ),
     "sm_90": _HOPPER,
-    # With four warps ptxas finds no way to hold float32 in registers, and holds next to nothing
-    # there; nor 128 rows of Q8_0.
+    # With four warps ptxas finds no way to hold all in registers: next to nothing of float32, too
+    # little of 128 rows of Q8_0.
     "sm_100": _HOPPER._replace(
         tiles=(Tile(64, 16, 128, 4, 3), *_HOPPER.tiles[1:]),
         float32=Tile(32, 32, 128, 8, 1),
