@@ -11,9 +11,9 @@
 // register file, and its 12 (or 24) independent chains hide the latency of a multiply-add.
 //
 // Every element of C is a chain of multiply-adds over k = 0, 1, 2, ... which begins with zero and is
-// added to C at its end, every PANEL_DEPTH at the latest: its bits depend on nothing but its own row of A and
-// column of B, wherever in a tile it falls. A chain that went on from call to call would round worse:
-// its error grows with its length, and thousands of keys are summed.
+// added to C at its end, every PANEL_DEPTH at the latest: its bits depend on nothing but its own row of
+// A and column of B, wherever in a tile it falls. A chain that went on from call to call would round
+// worse: its error grows with its length, and thousands of keys are summed.
 //
 // Source: Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
 #pragma once
