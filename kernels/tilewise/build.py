@@ -244,7 +244,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def library(isa: str, variant: str = "", *, watcher: Watcher | None = None) -> Path:
-    """The library for `isa`: from the cache, or built, which takes about half a minute.
+    """The library for `isa`: from the cache, or built, which takes up to a minute on two cores.
 
     Args:
         isa: a key of `ISA_FLAGS`; it need not be one that this machine can run.

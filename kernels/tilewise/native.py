@@ -170,7 +170,7 @@ class Library:
 
 
 class _Announcement(build.Watcher):
-    """A line on stderr: someone's first call takes half a minute, and they shall know why."""
+    """A line on stderr: someone's first call takes up to a minute, and they shall know why."""
 
     def waiting(self) -> None:
         print("tilewise: waiting for another process that builds the C++ kernels", file=sys.stderr)
